@@ -1,0 +1,130 @@
+"""The `remit` command: thin; each subcommand calls the part of the package that does the work."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from remit_megatron import __version__
+from remit_megatron.errors import RemitError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn a RemitError into one line on stderr and its exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.func(arguments) or 0)
+    except RemitError as error:
+        if _speaks(error):
+            print(f"remit: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="remit", description="ReMiT mid-training on Megatron-Core.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="train a recipe, or go on with it")
+    _add_recipe(train)
+    train.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks")
+    train.set_defaults(func=_train)
+
+    evaluate = commands.add_parser("eval", help="held-out NLL and exact-match accuracy of a checkpoint")
+    _add_recipe(evaluate)
+    evaluate.add_argument("--checkpoint", required=True, help="checkpoint or run folder")
+    evaluate.add_argument("--problems", help="jsonl with `prompt` and `answer`: greedy decoding, exact match")
+    evaluate.add_argument("--max-new-tokens", type=_positive, default=128)
+    evaluate.add_argument("--output", help="write the figures as JSON here too")
+    evaluate.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks")
+    evaluate.set_defaults(func=_evaluate)
+
+    check = commands.add_parser("check", help="validate a recipe and what it names; trains nothing")
+    _add_recipe(check)
+    check.set_defaults(func=_check)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, and which optional parts are usable here")
+    doctor.set_defaults(func=_doctor)
+    from data_prep import cli as data_cli
+
+    data_cli.add_parser(commands)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="recipe file (TOML)")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one key"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from remit_megatron.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.nproc is not None:
+        return _start_ranks(["train", arguments.recipe, *_overrides(arguments)], arguments.nproc)
+    from remit_megatron.train.loop import train
+
+    train(recipe)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from remit_megatron.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.nproc is not None:
+        command = ["eval", arguments.recipe, *_overrides(arguments), "--checkpoint", arguments.checkpoint]
+        command += ["--max-new-tokens", str(arguments.max_new_tokens)]
+        for flag in ("problems", "output"):
+            if getattr(arguments, flag):
+                command += [f"--{flag}", getattr(arguments, flag)]
+        return _start_ranks(command, arguments.nproc)
+    from remit_megatron.train.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(recipe, arguments.checkpoint, arguments.problems, arguments.max_new_tokens, arguments.output)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from remit_megatron.config import load_recipe
+    from remit_megatron.train.check import check_recipe
+
+    print(check_recipe(load_recipe(arguments.recipe, arguments.overrides)))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from remit_megatron.train.doctor import report
+
+    print(report())
+    return 0
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    return [part for override in arguments.overrides for part in ("--set", override)]
+
+
+def _start_ranks(command: list[str], nproc: int) -> int:
+    from launch.local import run_local
+
+    return run_local([sys.executable, "-m", "remit_megatron.cli", *command], nproc)
+
+
+def _speaks(error: RemitError) -> bool:
+    """Whether this rank reports the error: alone, or the first of several that stopped with it."""
+    if error.first_to_say is not None:
+        return error.first_to_say
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":  # required: the checkpoint writer may start a spawned process
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""The recipe: one strict TOML file that describes a run completely.
+
+`load_recipe` reads a file and overrides, refuses unknown keys with the nearest known one, and returns a frozen
+`Recipe`. Nothing else in the package reads settings from the environment or from global arguments.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from remit_megatron.errors import UserError
+from remit_megatron.objectives import Objective, build_objective
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The student. Shapes may be left out where `init` names a checkpoint, which carries its own."""
+
+    init: str | None = None
+    """Checkpoint folder (or a run folder: its latest) to take the initial weights from; none: random weights."""
+    num_layers: Positive | None = None
+    hidden_size: Positive | None = None
+    ffn_hidden_size: Positive | None = None
+    num_attention_heads: Positive | None = None
+    num_query_groups: Positive | None = None
+    """KV heads (GQA); default: num_attention_heads."""
+    kv_channels: Positive | None = None
+    """Width of a head; default: hidden_size / num_attention_heads."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding, exactly; padding for tensor parallelism is added and masked by the program."""
+    tied_embeddings: bool | None = None
+    """Share the input embedding and the output head; default false."""
+    rope_theta: float | None = None
+    """Base of the rotary embedding; default 10000."""
+    norm_epsilon: float | None = None
+    """Default 1e-5."""
+    init_std: float = Field(0.02, gt=0)
+    implementation: Literal["local", "transformer_engine"] = "local"
+    """Layer spec. `transformer_engine` fails at start where it is not installed."""
+
+
+class Reference(Section):
+    """The frozen model whose confidence weights the tokens."""
+
+    path: str
+    """Checkpoint folder, or a run folder: its latest. It may differ from the student in width and depth."""
+    head_chunk_tokens: Positive = 2048
+    """Tokens whose reference logits exist at one time."""
+    merge_microbatches: Positive = 1
+    """Microbatches that the reference scores in one pass."""
+
+
+class Source(Section):
+    path: str
+    """Prefix of a .bin/.idx pair."""
+    weight: float = Field(1.0, gt=0)
+    """Share of samples, relative to the other sources."""
+
+
+class Data(Section):
+    sequence_length: Positive
+    train: tuple[Source, ...] = Field(min_length=1)
+    eval: dict[str, str] = {}
+    """Held-out sets: name to prefix of a .bin/.idx pair."""
+    seed: NonNegative = 1234
+    """Order of documents and samples; `seed` of the recipe is for the initial weights only."""
+    eod_id: NonNegative | None = None
+    """Token that ends a document; default: the manifest's. Needed by document centring, masks and resets."""
+    document_mask: bool = False
+    """Attention stays inside a document. Positions still run over the whole sample."""
+    eod_mask_loss: bool = False
+    """No loss where the input is the EOD token: the first token of a document is not predicted from the one before."""
+    cache_dir: str | None = None
+    """Where sample indices are kept; default: a folder `.index` beside each dataset."""
+    tokenizer: str | None = None
+    """tokenizer.json, or a folder with one, that the datasets must have been made with."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Parallel(Section):
+    tensor: Positive = 1
+    sequence: bool = False
+    """Shard norms and residuals over the tensor-parallel ranks along the sequence."""
+    pipeline: Positive = 1
+    virtual_pipeline: Positive = 1
+    """Model chunks on each pipeline rank."""
+    context: Positive = 1
+    distributed_optimizer: bool = True
+    """Shard optimizer states over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+class Batch(Section):
+    global_batch_tokens: Positive
+    microbatch_samples: Positive = 1
+
+
+class Optimizer(Section):
+    peak_lr: float = Field(gt=0)
+    min_lr: float = Field(1e-7, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_grad_norm: float = Field(1.0, ge=0)
+    """0: no clipping."""
+    max_bad_steps: Positive = 5
+    """The run stops after so many steps in a row whose gradient norm is not finite; each of them is skipped."""
+
+
+class Schedule(Section):
+    train_tokens: Positive
+    warmup_tokens: NonNegative = 0
+    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    wsd_decay_tokens: Positive | None = None
+    """Length of the final decay of `wsd`."""
+    wsd_shape: Literal["linear", "cosine", "minus_sqrt"] = "linear"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Schedule":
+        if self.warmup_tokens >= self.train_tokens:
+            raise ValueError("warmup_tokens must be smaller than train_tokens")
+        if (self.decay == "wsd") != (self.wsd_decay_tokens is not None):
+            raise ValueError("wsd_decay_tokens goes with decay = 'wsd', and only with it")
+        if self.wsd_decay_tokens and self.wsd_decay_tokens + self.warmup_tokens > self.train_tokens:
+            raise ValueError("warmup_tokens + wsd_decay_tokens must not exceed train_tokens")
+        return self
+
+
+class Compute(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 keeps float32 master weights and reduces gradients in float32. auto: bf16 on CUDA, fp32 on CPU."""
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps one activation a layer and computes the rest again in backward."""
+    loss_implementation: Literal["auto", "torch", "triton"] = "auto"
+    threads: Positive | None = None
+    """CPU threads a rank; default: the machine's cores over its local ranks."""
+    collective_timeout_s: Positive = 600
+
+
+class Evaluation(Section):
+    every_steps: NonNegative = 0
+    """0: at the end only."""
+    samples: Positive = 64
+    """Of each held-out set, at most."""
+
+
+class Checkpoint(Section):
+    every_steps: NonNegative = 0
+    """0: at the end, and when asked to stop, only."""
+    keep: Positive = 2
+    asynchronous: bool = False
+    """Write in a background process while training goes on."""
+
+
+class Logging(Section):
+    every_steps: Positive = 1
+    """Progress lines and external loggers; metrics.jsonl always has every step."""
+    tensorboard: bool = False
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "remit"
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    run: str
+    """Folder of the run: resolved recipe, metrics, checkpoints, log."""
+    seed: NonNegative = 1234
+    model: Model = Model()
+    reference: Reference | None = None
+    objective: dict[str, Any] = {"name": "ntp"}
+    """`name` and that objective's own settings; see remit_megatron/objectives."""
+    data: Data
+    parallel: Parallel = Parallel()
+    batch: Batch
+    optimizer: Optimizer
+    schedule: Schedule
+    compute: Compute = Compute()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    def build_objective(self) -> Objective:
+        return build_objective(dict(self.objective))
+
+    @property
+    def global_batch_samples(self) -> int:
+        return self.batch.global_batch_tokens // self.data.sequence_length
+
+    @property
+    def train_steps(self) -> int:
+        """Optimizer steps; the last one may pass train_tokens by less than a batch."""
+        return -(-self.schedule.train_tokens // self.batch.global_batch_tokens)
+
+    def fingerprint(self) -> str:
+        """Identity of what the run computes: a run folder belongs to one. Twelve hex digits.
+
+        Layout, device, logging and checkpoint cadence may change between two starts of one run; the rest may not.
+        """
+        settings = self.model_dump(exclude={"run", "parallel", "compute", "evaluation", "checkpoint", "logging"})
+        settings["data"].pop("eval")
+        settings["data"].pop("cache_dir")
+        settings["batch"].pop("microbatch_samples")
+        settings["precision"] = self.compute.precision
+        if self.reference:
+            settings["reference"] = self.reference.path
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        objective = self.build_objective()
+        if objective.needs_reference and self.reference is None:
+            raise UserError(f"objective.name = '{objective.name}' needs a [reference] section with a path")
+        if not objective.needs_reference and self.reference is not None:
+            raise UserError(
+                f"[reference] is given but objective.name = '{objective.name}' uses none: remove one of them"
+            )
+        if self.optimizer.min_lr > self.optimizer.peak_lr:
+            raise UserError("optimizer.min_lr must not exceed optimizer.peak_lr")
+        self._check_layout()
+        return self
+
+    def _check_layout(self) -> None:
+        p, s = self.parallel, self.data.sequence_length
+        if self.batch.global_batch_tokens % s:
+            raise UserError(
+                f"batch.global_batch_tokens = {self.batch.global_batch_tokens} is no multiple of "
+                f"data.sequence_length = {s}"
+            )
+        if p.context > 1 and s % (2 * p.context):
+            raise UserError(
+                f"data.sequence_length = {s} does not divide by 2 x parallel.context = {2 * p.context} (zigzag slices)"
+            )
+        if p.sequence and p.tensor == 1:
+            raise UserError("parallel.sequence needs parallel.tensor > 1")
+        if p.sequence and (s // p.context) % p.tensor:
+            raise UserError(
+                f"data.sequence_length / parallel.context = {s // p.context} does not divide by parallel.tensor = "
+                f"{p.tensor}, which parallel.sequence needs"
+            )
+        if p.virtual_pipeline > 1 and p.pipeline == 1:
+            raise UserError("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")
+        if p.overlap_param_gather and not (p.distributed_optimizer and p.overlap_grad_reduce):
+            raise UserError(
+                "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce"
+            )
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.sub=value` overrides (values in TOML syntax, or bare strings).
+
+    Paths in a recipe are relative to the working directory. Raises UserError naming the key or the file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: cannot be read: {error}") from None
+    try:
+        settings = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {path}: no valid TOML: {error}") from None
+    for override in overrides:
+        _apply(settings, override)
+    return parse_recipe(settings, where=str(path))
+
+
+def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate settings as read from TOML. Raises UserError naming the first wrong key."""
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error)}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(f"--set {override}: write it as key=value, for example optimizer.peak_lr=3e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for name in names[:-1]:
+        settings = settings.setdefault(name, {})
+        if not isinstance(settings, dict):
+            raise UserError(f"--set {override}: {name} is not a section")
+    settings[names[-1]] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = [str(part) for part in problem["loc"]]
+    key = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, n=1) or difflib.get_close_matches(where[-1], known, 1, 0.4)
+        return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"missing key {key}"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    got = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+    return f"{key}: {message}{got}" if key else message
+
+
+def _keys_at(where: list[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for name in where:
+        if name.isdigit():
+            continue
+        annotation = section.model_fields[name].annotation
+        section = next(t for t in _flatten(annotation) if isinstance(t, type) and issubclass(t, BaseModel))
+    return list(section.model_fields)
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is None:
+        return [annotation]
+    return [leaf for part in get_args(annotation) for leaf in _flatten(part)]
+
+
+def dump_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML that `load_recipe` reads back to an equal recipe."""
+    return _section_toml(recipe.model_dump(exclude_none=True), ())
+
+
+def _section_toml(settings: dict[str, Any], path: tuple[str, ...]) -> str:
+    lines = [f"{json.dumps(k) if not k.isidentifier() else k} = {_value_toml(v)}" for k, v in settings.items()
+             if not isinstance(v, dict)]  # fmt: skip
+    if path:
+        lines.insert(0, f"\n[{'.'.join(json.dumps(p) if not p.isidentifier() else p for p in path)}]")
+    children = [_section_toml(v, (*path, k)) for k, v in settings.items() if isinstance(v, dict) and v]
+    return "\n".join(lines + [child.rstrip("\n") for child in children]) + "\n"
+
+
+def _value_toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value) if "e" in repr(value) or "." in repr(value) else f"{value!r}.0"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value_toml(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_value_toml(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value) if isinstance(value, str) else repr(value)

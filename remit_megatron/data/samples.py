@@ -1,0 +1,29 @@
+"""From the tokens of one sample to what a training step needs of it."""
+
+import numpy as np
+
+from remit_megatron.config import Data
+from remit_megatron.errors import UserError
+
+
+def assemble(text: np.ndarray, data: Data, eod_id: int | None, sample_id: int) -> dict[str, np.ndarray]:
+    """Arrays of one sample from its tokens [s + 1] int64.
+
+    tokens, labels [s] int64; loss_mask [s] float32; segment_ids [s] int64: the document of each label (EOD belongs to
+    the document it ends), absent without an EOD id; documents [s] int64: the document of each input token, only with
+    data.document_mask; sample_id: int64 scalar.
+    """
+    tokens, labels = text[:-1], text[1:]
+    sample = {"tokens": tokens, "labels": labels, "sample_id": np.array(sample_id, dtype=np.int64)}
+    loss_mask = np.ones(len(tokens), dtype=np.float32)
+    if eod_id is not None:
+        ends = tokens == eod_id
+        sample["segment_ids"] = np.cumsum(ends, dtype=np.int64)
+        if data.eod_mask_loss:
+            loss_mask[ends] = 0
+        if data.document_mask:
+            sample["documents"] = sample["segment_ids"] - ends
+    elif data.eod_mask_loss or data.document_mask:
+        raise UserError("data.eod_mask_loss and data.document_mask need data.eod_id: the datasets' manifests name none")
+    sample["loss_mask"] = loss_mask
+    return sample

@@ -1,0 +1,27 @@
+"""Errors with an exit code. Anything else that escapes is a bug and keeps its traceback."""
+
+
+class RemitError(Exception):
+    """Base of every error that ends a command with one line on stderr instead of a traceback."""
+
+    exit_code = 1
+    first_to_say: bool | None = None
+    """Of several ranks that stop with one error, whether this one reports it. None: decided by rank."""
+
+
+class UserError(RemitError):
+    """A mistake in a recipe, an argument or an input file. The message names it and the remedy."""
+
+    exit_code = 2
+
+
+class RunError(RemitError):
+    """A failure at run time that no change of the recipe prevents: a bad disk, a diverged run, a lost rank."""
+
+    exit_code = 1
+
+
+class StopRequested(RemitError):
+    """The run was asked to stop, finished its step and saved a checkpoint."""
+
+    exit_code = 75

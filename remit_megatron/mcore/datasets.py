@@ -1,0 +1,169 @@
+"""Training samples over .bin/.idx: Megatron's GPTDataset for a source's samples, a stateless order of ours over them.
+
+Each source is one epoch of Megatron's GPTDataset: documents shuffled by `data.seed`, concatenated, cut into samples of
+s + 1 tokens that overlap by one. A sample is therefore the same in every epoch and every run over the same data, and
+has an identity that score caches can use. Sample n of a run follows from n alone, so resuming needs one integer.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.datasets import helpers
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from remit_megatron.config import Data
+from remit_megatron.data.manifest import DatasetInfo, quick_verify
+from remit_megatron.data.samples import assemble
+from remit_megatron.errors import UserError
+
+SOURCE_BITS = 40
+"""A sample's id is source << 40 | number of the sample in its source."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceSamples:
+    """One epoch of one source."""
+
+    info: DatasetInfo
+    dataset: GPTDataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def text(self, index: int) -> np.ndarray:
+        """Token ids [s + 1] int64 of one sample."""
+        return self.dataset._query_document_sample_shuffle_indices(index)[0].astype(np.int64)
+
+
+def open_source(prefix: str, data: Data, vocab_size: int, tokenizer_hash: str | None = None) -> SourceSamples:
+    """Verify and open one source; rank 0 builds its sample index where it is missing.
+
+    Collective over all ranks when torch.distributed is initialised. Raises UserError naming the file.
+    """
+    info = quick_verify(prefix, vocab_size=vocab_size, tokenizer_hash=tokenizer_hash)
+    distributed = dist.is_available() and dist.is_initialized()
+    if distributed and dist.get_rank() != 0:
+        dist.barrier()
+        return _open(prefix, data, info)
+    source = _open(prefix, data, info)
+    if distributed:
+        dist.barrier()
+    return source
+
+
+def _open(prefix: str, data: Data, info: DatasetInfo) -> SourceSamples:
+    cache = Path(data.cache_dir) if data.cache_dir else Path(prefix).parent / ".index"
+    eod = data.eod_id if data.eod_id is not None else info.eod_id
+    config = GPTDatasetConfig(
+        random_seed=data.seed,
+        sequence_length=data.sequence_length,
+        # Content, not path: data made anew under the same name gets an index of its own.
+        path_to_cache=str(cache / info.fingerprint[:16]),
+        split="1",
+        tokenizer=SimpleNamespace(eod=eod, vocab_size=None, unique_identifiers={"content": info.fingerprint}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    if info.num_tokens <= data.sequence_length:
+        raise UserError(
+            f"{prefix}: {info.num_tokens} tokens are fewer than one sample of data.sequence_length + 1 = "
+            f"{data.sequence_length + 1}"
+        )
+    indexed = IndexedDataset(prefix)
+    level = logging.getLogger("megatron.core.datasets").level
+    logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
+    try:
+        documents = np.arange(len(indexed), dtype=np.int32)
+        dataset = GPTDataset(indexed, prefix, documents, None, Split.train, config)
+    finally:
+        logging.getLogger("megatron.core.datasets").setLevel(level)
+    return SourceSamples(info=info, dataset=dataset)
+
+
+class SampleOrder:
+    """Which sample of which source is the n-th of a run. Stateless: a function of n."""
+
+    def __init__(self, lengths: list[int], weights: list[float], total: int, seed: int):
+        """lengths: samples of each source in one epoch; total: samples of the run."""
+        self.lengths = lengths
+        self.seed = seed
+        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+        self._source: np.ndarray | None = None
+        if len(lengths) > 1:
+            self._source = np.zeros(total, dtype=np.int16)
+            self._number = np.zeros(total, dtype=np.int64)
+            share = np.array(weights, dtype=np.float64) / sum(weights)
+            helpers.build_blending_indices(self._source, self._number, share, len(lengths), total, False)
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        """(source, number of the sample in the source)."""
+        source, k = (0, n) if self._source is None else (int(self._source[n]), int(self._number[n]))
+        epoch, k = divmod(k, self.lengths[source])
+        if epoch:  # the first epoch keeps the order of GPTDataset, which is shuffled already
+            if (source, epoch) not in self._permutations:
+                self._permutations = {key: p for key, p in self._permutations.items() if key[0] != source}
+                generator = np.random.Generator(np.random.PCG64([self.seed, source, epoch]))
+                self._permutations[source, epoch] = generator.permutation(self.lengths[source])
+            k = int(self._permutations[source, epoch][k])
+        return source, k
+
+
+class TrainingData:
+    """Samples by number, blended over sources. See `remit_megatron.data.samples.assemble` for what a sample holds."""
+
+    def __init__(self, sources: list[SourceSamples], data: Data, total: int):
+        self.sources = sources
+        self.data = data
+        self.order = SampleOrder([len(s) for s in sources], [s.weight for s in data.train], total, data.seed)
+        self.eod_id = _eod(sources, data)
+
+    def sample(self, n: int) -> dict[str, np.ndarray]:
+        source, k = self.order[n]
+        return assemble(self.sources[source].text(k), self.data, self.eod_id, sample_id=source << SOURCE_BITS | k)
+
+
+class HeldOut:
+    """The first samples of one held-out set, padded with fully masked samples to a multiple of the batch."""
+
+    def __init__(self, source: SourceSamples, data: Data, limit: int):
+        self.source = source
+        self.data = data
+        self.length = min(limit, len(source))
+        self.eod_id = _eod([source], data)
+
+    def sample(self, n: int) -> dict[str, np.ndarray]:
+        sample = assemble(self.source.text(n if n < self.length else 0), self.data, self.eod_id, sample_id=n)
+        if n >= self.length:
+            sample["loss_mask"] = np.zeros_like(sample["loss_mask"])
+        return sample
+
+
+def _eod(sources: list[SourceSamples], data: Data) -> int | None:
+    found = {s.info.eod_id for s in sources} if data.eod_id is None else {data.eod_id}
+    if len(found) > 1:
+        raise UserError(
+            f"the datasets end their documents with different tokens {sorted(map(str, found))}: set data.eod_id"
+        )
+    return found.pop()
+
+
+def microbatches(
+    source: Any, first: int, num_microbatches: int, samples: int, dp_rank: int, dp_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """This data-parallel rank's microbatches of the global batch that begins with sample `first`."""
+    batches = []
+    for i in range(num_microbatches):
+        start = first + (i * dp_size + dp_rank) * samples
+        parts = [source.sample(n) for n in range(start, start + samples)]
+        batches.append({key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]})
+    return batches

@@ -1,0 +1,162 @@
+"""Megatron distributed checkpoints of a model and its optimizer: any layout writes, any layout reads.
+
+Folders and their commit protocol are the caller's (remit_megatron/train/checkpoint.py).
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from remit_megatron.errors import UserError
+from remit_megatron.mcore.step import unwrap
+
+# Each optimizer state is stored under its parameter in the model's own shape, so that any layout can read it.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class _ThreadedSave(TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format through torch's own writer, in threads.
+
+    Megatron's writer starts a manager process and forks for every save; beside gloo's threads a fork may deadlock,
+    and the start costs seconds a rank. The files are the same.
+    """
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
+        sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        dcp.save(
+            mcore_to_pyt_state_dict(sharded, False),
+            storage_writer=dcp.FileSystemWriter(
+                checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=2
+            ),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
+        )
+
+
+def model_state(chunks: list[Any]) -> dict[str, Any]:
+    """Sharded state of a rank's model chunks. Layers are named by their number in the whole model."""
+    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)}
+
+
+def _training_state(chunks: list[Any], optimizer: Any, is_loading: bool) -> dict[str, Any]:
+    state = model_state(chunks)
+    optimizer_state = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=METADATA)
+    return {**state, "optimizer": optimizer_state}
+
+
+def save(folder: Path, chunks: list[Any], optimizer: Any | None) -> None:
+    """Write into an existing, empty folder; returns when all ranks have written. Collective."""
+    dist_checkpointing.save(
+        _state(chunks, optimizer), folder, _ThreadedSave("torch_dist", 1), content_metadata=METADATA
+    )
+
+
+class BackgroundSave:
+    """Megatron's asynchronous writer: tensors are copied, a child process writes them while training goes on."""
+
+    def __init__(self) -> None:
+        self._queue = AsyncCallsQueue()
+
+    def start(self, folder: Path, chunks: list[Any], optimizer: Any | None, commit: Callable[[], None]) -> None:
+        """Begin to write into an existing, empty folder; `commit` runs on every rank once all ranks have written."""
+        self.wait()
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
+        request = dist_checkpointing.save(
+            _state(chunks, optimizer), folder, strategy, async_sharded_save=True, content_metadata=METADATA
+        )
+        request.add_finalize_fn(commit)
+        self._queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Commit what is written on all ranks. Collective, once a step."""
+        self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        self.wait()
+        self._queue.close()
+
+
+def _state(chunks: list[Any], optimizer: Any | None) -> dict[str, Any]:
+    return model_state(chunks) if optimizer is None else _training_state(chunks, optimizer, is_loading=False)
+
+
+def load_model(folder: Path, chunks: list[Any]) -> None:
+    """Load weights only. Collective. Raises UserError naming the folder when a tensor is absent or unreadable."""
+    loaded = _load(model_state(chunks), folder)
+    _restore_model(loaded, chunks)
+
+
+def load_training(folder: Path, chunks: list[Any], optimizer: Any) -> None:
+    """Load weights and optimizer. Collective."""
+    loaded = _load(_training_state(chunks, optimizer, is_loading=True), folder)
+    _restore_model(loaded, chunks)
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+    try:
+        return dist_checkpointing.load(state, folder)
+    except (
+        CheckpointingException,
+        CheckpointException,
+        OSError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+    ) as error:
+        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise UserError(f"checkpoint {folder}: cannot be loaded: {first}") from error
+
+
+def _restore_model(loaded: dict[str, Any], chunks: list[Any]) -> None:
+    for i, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{i}"])
+
+
+@torch.no_grad()
+def weights_checksum(chunks: list[Any]) -> int:
+    """Sum of the bit patterns of this rank's weights: changes when any bit does, costs one read of the weights."""
+    total = 0
+    for chunk in chunks:
+        for parameter in unwrap(chunk).parameters():
+            bits = parameter.detach().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
+            total += int(bits.sum(dtype=torch.int64))
+    return total
+
+
+@torch.no_grad()
+def unchanged_matrices(chunks: list[Any], before: list[torch.Tensor]) -> list[str]:
+    """Names of matrices whose first row still equals the one taken `before` loading: they were never loaded."""
+    rows = iter(before)
+    return [
+        name
+        for chunk in chunks
+        for name, parameter in unwrap(chunk).named_parameters()
+        if parameter.ndim > 1 and torch.equal(parameter[0], next(rows))
+    ]
+
+
+@torch.no_grad()
+def first_rows(chunks: list[Any]) -> list[torch.Tensor]:
+    """A copy of the first row of each matrix, for `unchanged_matrices`."""
+    return [p[0].clone() for chunk in chunks for p in unwrap(chunk).parameters() if p.ndim > 1]

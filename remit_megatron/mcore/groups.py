@@ -1,0 +1,71 @@
+"""The process groups of a run, read from Megatron's global state once and passed on as one value."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from remit_megatron.config import Parallel
+from remit_megatron.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """Groups and this rank's place in them."""
+
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    """Data- and context-parallel ranks: over them loss sums and token counts add up to the global batch's."""
+    rank: int
+    world_size: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss (with interleaving: its last chunk does)."""
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def counts_loss(self) -> bool:
+        """True on one rank per slice of the batch: last stage, first tensor-parallel rank."""
+        return self.is_last_stage and self.tp.rank() == 0
+
+
+def data_parallel_size(parallel: Parallel, world_size: int) -> int:
+    """Data-parallel ranks that `world_size` leaves. Raises UserError when the layout does not divide it."""
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_ranks:
+        raise UserError(
+            f"{world_size} ranks do not divide by parallel.tensor x pipeline x context = "
+            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {model_ranks}: start with a multiple of it"
+        )
+    return world_size // model_ranks
+
+
+def initialize_groups(parallel: Parallel, seed: int) -> Groups:
+    """Build Megatron's groups and random states. torch.distributed must be initialised."""
+    data_parallel_size(parallel, dist.get_world_size())
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return current_groups()
+
+
+def current_groups() -> Groups:
+    """The groups that Megatron's global state holds; for scripts that initialised it themselves."""
+    return Groups(
+        tp=mpu.get_tensor_model_parallel_group(),
+        pp=mpu.get_pipeline_model_parallel_group(),
+        cp=mpu.get_context_parallel_group(),
+        dp=mpu.get_data_parallel_group(),
+        dp_cp=mpu.get_data_parallel_group(with_context_parallel=True),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+    )

@@ -1,0 +1,161 @@
+"""From a model shape and a layout to Megatron model chunks: the student and the frozen reference beside it."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from remit_megatron.config import Parallel
+from remit_megatron.errors import UserError
+from remit_megatron.mcore import compat
+from remit_megatron.mcore.attention import SDPAttention
+from remit_megatron.mcore.loss_hook import RemitGPTModel
+from remit_megatron.mcore.norm import RMSNorm
+from remit_megatron.shape import ModelShape, check_layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """How a model is built, apart from its shape."""
+
+    device: torch.device
+    dtype: torch.dtype
+    implementation: str = "local"
+    """`local` or `transformer_engine`."""
+    recompute: bool = False
+    init_std: float = 0.02
+    loss_implementation: str = "auto"
+    head_chunk_tokens: int = 2048
+
+
+def make_config(shape: ModelShape, parallel: Parallel, build: Build) -> TransformerConfig:
+    """Megatron's config. A student and its reference each need their own: p2p shapes and sync hooks live on it."""
+    on_cpu = build.device.type == "cpu"
+    interleaved = parallel.virtual_pipeline > 1
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=build.init_std,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        params_dtype=build.dtype,
+        pipeline_dtype=build.dtype,
+        bf16=build.dtype is torch.bfloat16,
+        # The only normalisation that is exact under ragged masks and context parallelism.
+        calculate_per_token_loss=True,
+        # Initial weights then depend on the seed alone, not on the tensor-parallel layout.
+        use_cpu_initialization=on_cpu,
+        # With two interleaved stages batched p2p mixes activations and gradients without an error.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # On gloo a freed output races with the send that still reads it.
+        deallocate_pipeline_outputs=not on_cpu,
+        attention_softmax_in_fp32=True,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=False,
+        cross_entropy_loss_fusion=False,
+        **(recompute if build.recompute else {}),
+    )
+
+
+def local_layer_spec() -> Any:
+    """Megatron's local layer with the package's norm and attention."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = SDPAttention
+    return layer
+
+
+def _block_spec(config: TransformerConfig, implementation: str, vp_stage: int | None) -> Any:
+    if implementation == "transformer_engine":
+        if not compat.has_transformer_engine():
+            raise UserError(
+                "model.implementation = 'transformer_engine' but Transformer Engine is not importable: install it "
+                "(it needs CUDA) or use 'local'"
+            )
+        return get_gpt_layer_with_transformer_engine_spec()
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[local_layer_spec()] * layers, layer_norm=RMSNorm)
+
+
+def build_chunks(
+    shape: ModelShape,
+    parallel: Parallel,
+    build: Build,
+    *,
+    max_sequence_length: int,
+    scorer: bool = False,
+) -> tuple[list[Any], TransformerConfig]:
+    """This rank's model chunks (one, or one per virtual stage), bare or in Float16Module, and their config.
+
+    `scorer` builds a frozen reference. Raises UserError when the layout does not divide the shape.
+    """
+    check_layout(shape, parallel, "reference" if scorer else "model")
+    config = make_config(shape, parallel, build)
+    one = functools.partial(_build_chunk, shape, parallel, build, config, max_sequence_length, scorer)
+    if parallel.virtual_pipeline > 1:
+        return [one(stage) for stage in range(parallel.virtual_pipeline)], config
+    return [one(None)], config
+
+
+def _build_chunk(
+    shape: ModelShape,
+    parallel: Parallel,
+    build: Build,
+    config: TransformerConfig,
+    max_sequence_length: int,
+    scorer: bool,
+    vp_stage: int | None,
+) -> Any:
+    stage = {} if vp_stage is None else {"vp_stage": vp_stage}
+    model = RemitGPTModel(
+        config,
+        _block_spec(config, build.implementation, vp_stage),
+        shape.padded_vocab(parallel.tensor),
+        max_sequence_length,
+        pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, **stage),
+        post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, **stage),
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        valid_vocab=shape.vocab_size,
+        scorer=scorer,
+        head_chunk_tokens=build.head_chunk_tokens,
+        loss_implementation=build.loss_implementation,
+        **stage,
+    )
+    if build.device.type == "cuda":
+        model.cuda(build.device)
+    model = Float16Module(config, model) if build.dtype is torch.bfloat16 else model
+    if scorer:
+        model.eval().requires_grad_(False)
+    return model

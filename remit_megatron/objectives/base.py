@@ -1,0 +1,76 @@
+"""The contract between the loss path and an objective."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStats:
+    """Per-token scores of one microbatch on one rank; s is this rank's part under context parallelism."""
+
+    nll: Tensor
+    """[b, s] float32: the student's NLL, nats, differentiable. Masked entries may hold anything."""
+    ref_nll: Tensor | None = None
+    """[b, s] float32: the reference's NLL, nats, no graph. None without a reference."""
+    mask: Tensor
+    """[b, s] float32: 1 where the token is trained on, else 0."""
+    segment_ids: Tensor | None = None
+    """[b, s] int64: document number within the whole sample, below s * cp_size. None: documents are not known."""
+    cp_group: dist.ProcessGroup | None = None
+    """Ranks that hold the other parts of the same samples. None: samples are whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A mean kept as numerator and denominator, so that microbatches and ranks add up; divided only when read."""
+
+    num: Tensor
+    """Sum over unmasked tokens. Scalar float64, no graph."""
+    den: Tensor
+    """Number of unmasked tokens. Scalar float64."""
+
+    def __add__(self, other: "Ratio") -> "Ratio":
+        return Ratio(self.num + other.num, self.den + other.den)
+
+    def read(self) -> float:
+        """num / den; NaN where nothing was counted. Waits for the device."""
+        den = float(self.den)
+        return float(self.num) / den if den else float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSum:
+    """A loss that has not been divided: sums travel between microbatches and ranks, and only the trainer divides."""
+
+    loss_sum: Tensor
+    """Sum over this rank's unmasked tokens, nats. Scalar float32, differentiable."""
+    num_tokens: Tensor
+    """Unmasked tokens on this rank. Scalar int32: Megatron's schedule accumulates an integer."""
+    metrics: dict[str, Ratio]
+    """Means over unmasked tokens, by name; `loss` and `nll` always."""
+
+
+class Objective(Protocol):
+    """What is minimised. One frozen dataclass an objective; its fields are its settings in the recipe."""
+
+    name: ClassVar[str]
+    needs_reference: ClassVar[bool]
+
+    def __call__(self, stats: TokenStats) -> LossSum:
+        """Called once a microbatch on every rank that computes the loss, also where all tokens are masked."""
+        ...
+
+
+def kept_tokens(stats: TokenStats) -> tuple[Tensor, Tensor, Tensor]:
+    """(kept [b, s] bool, nll [b, s] with 0 at masked tokens, number of unmasked tokens as scalar int32)."""
+    kept = stats.mask > 0
+    # Where, not a product: 0 * inf is nan, in the value and in the gradient.
+    return kept, stats.nll.where(kept, 0.0), kept.sum().int()
+
+
+def mean_over(kept: Tensor, values: Tensor) -> Ratio:
+    """Mean of values [b, s] over kept tokens, summed in float64."""
+    return Ratio(values.detach().double().where(kept, 0.0).sum(), kept.sum().double())

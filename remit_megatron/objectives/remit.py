@@ -1,0 +1,66 @@
+"""ReMiT (Equations 3 to 6): tokens on which the reference is more confident than the sample's mean weigh more."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from remit_megatron.errors import UserError
+from remit_megatron.objectives.base import LossSum, TokenStats, kept_tokens, mean_over
+from remit_megatron.ops.weights import remit_weights
+
+CENTERINGS = ("sample", "document")
+
+
+@dataclass(frozen=True, slots=True)
+class Remit:
+    """The paper's objective. With another reference it is the SFT-guided ablation."""
+
+    epsilon: float = 0.2
+    """Half-width of the clip: weights lie in [1 - epsilon, 1 + epsilon]."""
+    clip: bool = True
+    """False is the paper's ablation without clipping: weights lie in (0, 2)."""
+    centering: Literal["sample", "document"] = "sample"
+    """The mean gap is taken over a whole packed sample, or over each document in it."""
+
+    name: ClassVar[str] = "remit"
+    needs_reference: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.epsilon <= 1.0:
+            raise UserError(f"objective.epsilon must be in [0, 1], got {self.epsilon}")
+        if self.centering not in CENTERINGS:
+            raise UserError(f"objective.centering must be one of {', '.join(CENTERINGS)}, got '{self.centering}'")
+
+    def __call__(self, stats: TokenStats) -> LossSum:
+        """Sum of w * nll over unmasked tokens.
+
+        Metrics: loss, nll, ref_nll, gap, weight, weight_sq, and with clip the shares clipped_low and clipped_high.
+        """
+        assert stats.ref_nll is not None, "remit needs the reference's NLL"
+        segment_ids = None
+        if self.centering == "document":
+            assert stats.segment_ids is not None, "centering by document needs segment_ids"
+            segment_ids = stats.segment_ids
+        kept, nll, num_tokens = kept_tokens(stats)
+        ref_nll = stats.ref_nll.where(kept, 0.0)
+        weights = remit_weights(
+            nll,
+            ref_nll,
+            stats.mask,
+            segment_ids=segment_ids,
+            epsilon=self.epsilon,
+            clip=self.clip,
+            cp_group=stats.cp_group,
+        )
+        token_loss = weights * nll
+        metrics = {
+            "loss": mean_over(kept, token_loss),
+            "nll": mean_over(kept, nll),
+            "ref_nll": mean_over(kept, ref_nll),
+            "gap": mean_over(kept, nll.detach().double() - ref_nll.double()),
+            "weight": mean_over(kept, weights),
+            "weight_sq": mean_over(kept, weights.double().square()),
+        }
+        if self.clip:
+            metrics["clipped_low"] = mean_over(kept, weights <= 1.0 - self.epsilon)
+            metrics["clipped_high"] = mean_over(kept, weights >= 1.0 + self.epsilon)
+        return LossSum(loss_sum=token_loss.sum(), num_tokens=num_tokens, metrics=metrics)

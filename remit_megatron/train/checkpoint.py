@@ -1,0 +1,134 @@
+"""Checkpoint folders of a run: written beside, renamed into place, named by a pointer that never names a partial one.
+
+checkpoints/step-00000100/   Megatron's distributed checkpoint and meta.json
+checkpoints/latest           the name of the newest complete one
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from remit_megatron.errors import RunError, UserError
+from remit_megatron.shape import ModelShape
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meta:
+    """What a checkpoint says of itself: meta.json."""
+
+    shape: dict[str, Any]
+    """ModelShape of the model."""
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    tokens: int = 0
+    """Tokens trained on. The data position follows from `step`."""
+    bad_steps: int = 0
+    """Steps in a row, up to this one, that were skipped for a gradient norm that is not finite."""
+    recipe: str = ""
+    """Fingerprint of the recipe."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the training datasets by path."""
+    tokenizer: str | None = None
+    """Hash of the tokenizer the datasets were made with."""
+    distributed_optimizer: bool = True
+    precision: str = "fp32"
+    loggers: dict[str, str] = field(default_factory=dict)
+    """Identities that external loggers need to go on in the same run."""
+    format: int = FORMAT
+
+    def model_shape(self) -> ModelShape:
+        return ModelShape(**self.shape)
+
+
+class CheckpointFolder:
+    """`checkpoints/` of a run. Writing methods are for rank 0; the others only read."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint. Raises RunError when the pointer names one that is not there."""
+        pointer = self.folder / "latest"
+        if not pointer.exists():
+            return None
+        path = self.folder / pointer.read_text().strip()
+        if not (path / "meta.json").exists():
+            raise RunError(f"{pointer} names {path.name}, which is not complete: restore it, or name another one there")
+        return path
+
+    def partial(self, step: int) -> Path:
+        """Where the checkpoint of `step` is written before it is complete."""
+        return self.folder / f".partial-{step:08d}"
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write into; what an interrupted save left behind is removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".partial-*"):
+            shutil.rmtree(leftover)
+        self.partial(step).mkdir()
+        return self.partial(step)
+
+    def commit(self, meta: Meta) -> Path:
+        """Make a written checkpoint the newest one, and remove those past `keep`."""
+        partial, final = self.partial(meta.step), self.folder / f"step-{meta.step:08d}"
+        _write_synced(partial / "meta.json", json.dumps(asdict(meta), indent=1))
+        _sync_folder(partial)
+        if final.exists():  # saved by an earlier process that was killed before it moved the pointer
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        _sync_folder(self.folder)
+        _write_synced(self.folder / ".latest", final.name + "\n")
+        os.rename(self.folder / ".latest", self.folder / "latest")
+        _sync_folder(self.folder)
+        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            if old != final:
+                # The meta goes first: a folder that lost only some of its files must not look complete.
+                (old / "meta.json").unlink(missing_ok=True)
+                shutil.rmtree(old)
+        return final
+
+
+def resolve_checkpoint(path: str, key: str) -> Path:
+    """A checkpoint folder, or the newest one of a run folder. Raises UserError naming the recipe key."""
+    folder = Path(path)
+    if (folder / "meta.json").exists():
+        return folder
+    if (folder / "checkpoints").is_dir():
+        latest = CheckpointFolder(folder / "checkpoints", keep=1).latest()
+        if latest is not None:
+            return latest
+        raise UserError(f"{key} = '{path}': the run has no complete checkpoint yet")
+    what = "is no checkpoint or run folder" if folder.exists() else "does not exist"
+    raise UserError(f"{key} = '{path}' {what}: name a folder with meta.json, or a run folder")
+
+
+def read_meta(folder: Path) -> Meta:
+    """Raises UserError when meta.json is unreadable or of another format."""
+    try:
+        fields = json.loads((folder / "meta.json").read_text())
+        if fields.get("format") != FORMAT:
+            raise UserError(f"checkpoint {folder}: format {fields.get('format')}, this program reads {FORMAT}")
+        return Meta(**fields)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {folder}: meta.json cannot be read: {error}") from None
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

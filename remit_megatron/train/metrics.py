@@ -1,0 +1,77 @@
+"""Metrics of a run: summed over microbatches and ranks as numerators and denominators, written a line a step."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NAMES = ("loss", "nll", "ref_nll", "gap", "weight", "weight_sq", "clipped_low", "clipped_high")
+RENAMED = {"gap": "gap_mean", "weight": "weight_mean"}
+
+
+def reduce_reports(reports: list[dict[str, Tensor]], counts: bool, flags: list[float], device: torch.device) -> Any:
+    """Sum the loss reports of all microbatches and ranks, with some flags, in one all-reduce over the world.
+
+    reports: of this rank's microbatches, name -> [numerator, denominator]; empty off the last stage. counts: whether
+    this rank's reports count (one rank per slice of the batch). Returns (name -> (numerator, denominator) on every
+    rank, summed flags). The order of the sum is fixed by the layout, so a run repeats bit for bit.
+    """
+    extra = sorted({name for report in reports for name in report} - set(NAMES))
+    assert not extra, f"metrics without a declared name: {extra}"
+    flat = torch.zeros(2 * len(NAMES) + len(flags), dtype=torch.float64)
+    if counts:
+        for report in reports:
+            for name, ratio in report.items():
+                i = 2 * NAMES.index(name)
+                flat[i : i + 2] += ratio.double().cpu()
+    flat[2 * len(NAMES) :] = torch.tensor(flags, dtype=torch.float64)
+    flat = flat.to(device)
+    dist.all_reduce(flat)
+    values = flat.tolist()
+    ratios = {name: (values[2 * i], values[2 * i + 1]) for i, name in enumerate(NAMES) if values[2 * i + 1]}
+    return ratios, values[2 * len(NAMES) :]
+
+
+def read(ratios: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Means under the names of metrics.jsonl; the weights' spread instead of their square."""
+    means = {name: num / den for name, (num, den) in ratios.items()}
+    if "weight_sq" in means:
+        # Never negative beyond rounding: E[w^2] - E[w]^2.
+        means["weight_std"] = math.sqrt(max(0.0, means.pop("weight_sq") - means["weight"] ** 2))
+    return {RENAMED.get(name, name): value for name, value in means.items()}
+
+
+class MetricsFile:
+    """metrics.jsonl: one line a step, full precision. Lines after `resumed_step` are dropped at start."""
+
+    def __init__(self, path: Path, resumed_step: int):
+        self.path = path
+        lines = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step]
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text("".join(lines))
+        os.replace(temporary, path)
+        self._stream: TextIO = path.open("a")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(line) + "\n")
+        self._stream.flush()
+
+    def sync(self) -> None:
+        """Make everything written so far survive a crash of the machine; called before a checkpoint is committed."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._stream.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines that end in a newline: a killed writer may leave half a line behind."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

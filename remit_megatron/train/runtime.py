@@ -1,0 +1,97 @@
+"""One process of a run: its rank, device, process group, threads and the signals that ask it to stop."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from remit_megatron.config import Compute
+from remit_megatron.errors import RemitError, UserError
+from remit_megatron.mcore import platform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def joined_process(compute: Compute) -> Iterator[Process]:
+    """`start_process` for the length of a with block.
+
+    Where several ranks stop with a RemitError, `first_to_say` is true on one of them only, so that it is said once.
+    """
+    process = start_process(compute)
+    try:
+        yield process
+    except RemitError as error:
+        error.first_to_say = dist.distributed_c10d._get_default_store().add("remit/said", 1) == 1
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def start_process(compute: Compute) -> Process:
+    """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+    Without that environment: a world of one rank. Raises UserError when the variables contradict each other.
+    """
+    rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    local_rank = _integer("LOCAL_RANK", rank)
+    local_world_size = _integer("LOCAL_WORLD_SIZE", world_size)
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK = {rank} is not below WORLD_SIZE = {world_size}")
+    device = platform.activate(compute.device, local_rank)
+    if device.type == "cpu":
+        torch.set_num_threads(compute.threads or max(1, (os.cpu_count() or 1) // local_world_size))
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        init: dict[str, object] = {"store": dist.HashStore()}
+    else:
+        init = {"init_method": "env://"}
+    dist.init_process_group(
+        platform.backend(device),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=compute.collective_timeout_s),
+        **init,
+    )
+    return Process(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size, device=device
+    )
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(f"environment variable {name} = '{text}' is no rank or size")
+    return int(text)
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGUSR1 between `__enter__` and `__exit__`; the loop asks `requested` once a step."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

@@ -1,0 +1,184 @@
+"""Tensor and context parallelism on gloo: one spawn carries every case, and the parent compares with float64."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from remit_megatron.ops import reference
+from remit_megatron.ops.linear_nll import linear_nll
+from remit_megatron.ops.token_nll import token_nll
+from remit_megatron.ops.weights import remit_weights
+from tests.ops.cases import Case, check_gradient, check_nll, make_case
+from tests.ranks import run_ranks
+
+WORLD = 4
+SIZES = (1, 2, 4)
+TP_CASES: dict[str, dict[str, Any]] = {
+    "labels on the edges": {"s": 9, "b": 2, "vocab": 32, "edge": 8},
+    "ragged padding": {"s": 6, "b": 3, "vocab": 32, "valid_vocab": 27, "edge": 8},
+    "two shards without a valid column": {"s": 5, "b": 2, "vocab": 32, "valid_vocab": 13, "edge": 8},
+    "valid columns end on an edge": {"s": 5, "b": 2, "vocab": 32, "valid_vocab": 16, "edge": 8},
+    "exp would overflow": {"s": 6, "b": 2, "vocab": 64, "valid_vocab": 61, "scale": 60.0},
+    "bfloat16": {"s": 9, "b": 2, "vocab": 32, "valid_vocab": 30, "dtype": torch.bfloat16},
+    "float16": {"s": 9, "b": 2, "vocab": 32, "valid_vocab": 30, "dtype": torch.float16},
+}
+CHUNKS = (3, 64)
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts the process group operations that the code under it starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def make_groups(rank: int) -> dict[int, dist.ProcessGroup]:
+    """Of each size, the group of consecutive ranks that this rank is in."""
+    mine = {}
+    for size in SIZES:
+        for first in range(0, WORLD, size):
+            members = list(range(first, first + size))
+            group = dist.new_group(members)
+            if rank in members:
+                mine[size] = group
+    return mine
+
+
+def tp_on_rank(case: Case, group: dist.ProcessGroup) -> dict[str, Any]:
+    size, tp_rank = dist.get_world_size(group), dist.get_rank(group)
+    local = case.logits.shape[-1] // size
+    leaf = case.logits[..., tp_rank * local : (tp_rank + 1) * local].clone().requires_grad_()
+    logits = leaf * 1
+    before = logits.detach().clone()
+    with CollectiveCounter() as forward:
+        nll = token_nll(logits, case.labels, valid_vocab=case.valid_vocab, tp_group=group)
+    unchanged = torch.equal(logits.detach(), before)
+    with CollectiveCounter() as backward:
+        nll.backward(case.upstream)
+    return {
+        "nll": nll.detach(),
+        "gradient": leaf.grad,
+        "unchanged": unchanged,
+        "collectives": (forward.counts.total(), backward.counts.total()),
+    }
+
+
+def make_head() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.randint(0, 29, (11,), generator=generator)
+    labels[3] = reference.IGNORED_LABEL
+    return torch.randn(11, 6, generator=generator), torch.randn(32, 6, generator=generator), labels
+
+
+def head_on_rank(group: dist.ProcessGroup) -> dict[str, Any]:
+    hidden, weight, labels = make_head()
+    shard = weight.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+    settings: dict[str, Any] = {"valid_vocab": 29, "tp_group": group}
+    found: dict[str, Any] = {"whole": token_nll(hidden @ shard.t(), labels, **settings)}
+    for chunk_tokens in CHUNKS:
+        with CollectiveCounter() as counter:
+            found[f"chunks of {chunk_tokens}"] = linear_nll(
+                hidden, shard, labels, chunk_tokens=chunk_tokens, **settings
+            )
+        found[f"collectives of {chunk_tokens}"] = counter.counts.total()
+    return found
+
+
+def make_gaps() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll, ref_nll, mask and documents [3, 16]; a row without tokens, a quarter without, documents over the cuts."""
+    generator = torch.Generator().manual_seed(3)
+    nll, ref_nll = (torch.rand(3, 16, generator=generator) * 6 for _ in range(2))
+    mask = (torch.rand(3, 16, generator=generator) > 0.3).float()
+    mask[1] = 0
+    mask[2, 4:8] = 0
+    nll[1], ref_nll[2, 5] = torch.inf, torch.nan
+    segment_ids = torch.tensor([[0] * 3 + [1] * 8 + [2] * 5, [0] * 16, [0] * 4 + [1] * 4 + [15] * 8])
+    return nll, ref_nll, mask, segment_ids
+
+
+def cp_on_rank(group: dist.ProcessGroup) -> dict[str, Any]:
+    """The rank's two chunks of a zigzag cut, as Megatron makes them."""
+    size, cp_rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def part(x: Tensor) -> Tensor:
+        chunks = x.chunk(2 * size, dim=1)
+        return torch.cat([chunks[cp_rank], chunks[2 * size - 1 - cp_rank]], dim=1)
+
+    nll, ref_nll, mask, segment_ids = (part(x) for x in make_gaps())
+    found: dict[str, Any] = {"positions": part(torch.arange(16)[None])[0]}
+    for centering, ids in (("sample", None), ("document", segment_ids)):
+        with CollectiveCounter() as counter:
+            found[centering] = remit_weights(nll, ref_nll, mask, segment_ids=ids, cp_group=group)
+        found[f"collectives {centering}"] = counter.counts.total()
+    return found
+
+
+def on_rank(rank: int) -> dict[int, dict[str, Any]]:
+    groups = make_groups(rank)
+    return {
+        size: {
+            "tp": {name: tp_on_rank(make_case(1, **shape), group) for name, shape in TP_CASES.items()},
+            "head": head_on_rank(group),
+            "cp": cp_on_rank(group),
+        }
+        for size, group in groups.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[int, dict[str, Any]]]:
+    return run_ranks(WORLD, on_rank)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", TP_CASES)
+def test_sharded_nll_matches_specification(results: list[Any], size: int, name: str) -> None:
+    case = make_case(1, **TP_CASES[name])
+    want_nll, want_gradient = case.spec()
+    ranks = [one[size]["tp"][name] for one in results]
+    for one in ranks:
+        assert one["unchanged"]
+        assert torch.equal(one["nll"], ranks[0]["nll"])  # the same bits everywhere
+        assert one["collectives"] == (1 if size > 1 else 0, 0)
+    check_nll(ranks[0]["nll"], want_nll, case)
+    check_gradient(torch.cat([one["gradient"] for one in ranks[:size]], dim=-1), want_gradient, case)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sharded_head(results: list[Any], size: int) -> None:
+    hidden, weight, labels = make_head()
+    want = reference.token_nll(hidden.double() @ weight.double().t(), labels, valid_vocab=29)
+    for one in results:
+        found = one[size]["head"]
+        assert torch.equal(found["chunks of 64"], found["whole"])
+        for chunk_tokens in CHUNKS:
+            # Products of 6 terms and the log-sum-exp, at logits of magnitude 10.
+            torch.testing.assert_close(found[f"chunks of {chunk_tokens}"].double(), want, rtol=0, atol=1e-5)
+            assert found[f"collectives of {chunk_tokens}"] == (1 if size > 1 else 0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("centering", ["sample", "document"])
+def test_centring_spans_context_parallel_ranks(results: list[Any], size: int, centering: Any) -> None:
+    nll, ref_nll, mask, segment_ids = make_gaps()
+    want = reference.remit_weights(nll, ref_nll, mask, segment_ids=segment_ids, centering=centering)
+    ids = segment_ids if centering == "document" else None
+    one_rank = remit_weights(nll, ref_nll, mask, segment_ids=ids)
+    weights = torch.full((3, 16), torch.nan)
+    for one in results[:size]:
+        found = one[size]["cp"]
+        weights[:, found["positions"]] = found[centering]
+        assert found[f"collectives {centering}"] == (1 if size > 1 else 0)
+    torch.testing.assert_close(weights.double(), want, rtol=0, atol=1.2e-7)  # rounded once to float32 near 1
+    assert torch.equal(weights, one_rank)  # integer sums: no bit depends on the cut
