@@ -54,7 +54,7 @@ class DatasetWriter:
     """Appends arrays of ids to PREFIX.bin.part and lengths to PREFIX.len.part; `commit` turns them into a dataset."""
 
     def __init__(self, prefix: str | Path, *, vocab_size: int) -> None:
-        """Raises UserError for a vocabulary that Megatron's formats cannot hold, RunError where files cannot be written."""
+        """Raises UserError for a vocabulary that the format cannot hold, RunError where files cannot be written."""
         if not 0 < vocab_size <= np.iinfo(np.int32).max:
             raise UserError(f"vocab_size = {vocab_size} is not between 1 and {np.iinfo(np.int32).max}")
         self.prefix = str(prefix)
@@ -68,8 +68,8 @@ class DatasetWriter:
         self.len_part = Path(f"{prefix}.len.part")
         with writing(self.bin_part):
             self.bin_part.parent.mkdir(parents=True, exist_ok=True)
-            self._bin: IO[bytes] = open(self.bin_part, "wb")
-            self._len: IO[bytes] = open(self.len_part, "wb")
+            self._bin: IO[bytes] = open(self.bin_part, "wb")  # noqa: SIM115 - closed by commit or abandon
+            self._len: IO[bytes] = open(self.len_part, "wb")  # noqa: SIM115
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Add documents: their ids in one array [sum(lengths)] of any integer dtype, and their lengths [documents].
@@ -86,7 +86,7 @@ class DatasetWriter:
         self.largest_id = max(self.largest_id, largest)
 
     def _write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        content = memoryview(tokens).cast("B") if len(tokens) else memoryview(b"")
+        content = tokens.view(np.uint8).data
         with writing(self.bin_part):
             self._bin.write(content)
             self._len.write(lengths.tobytes())
@@ -140,13 +140,19 @@ class DatasetWriter:
 
 
 def publish(prefix: str, bin_part: Path, idx_part: Path, manifest: Manifest) -> None:
-    """Rename complete parts to PREFIX.bin and PREFIX.idx with the manifest between them."""
+    """Rename complete parts to PREFIX.bin and PREFIX.idx with the manifest between them.
+
+    Called again after a crash it goes on: a part that is gone was renamed already.
+    """
     with writing(bin_path(prefix)):
-        idx_path(prefix).unlink(missing_ok=True)
-        manifest_path(prefix).unlink(missing_ok=True)
-        os.replace(bin_part, bin_path(prefix))
+        if bin_part.exists():
+            idx_path(prefix).unlink(missing_ok=True)
+            manifest_path(prefix).unlink(missing_ok=True)
+            fsync_folder(bin_path(prefix).parent)
+            os.replace(bin_part, bin_path(prefix))
         manifest.write(prefix)
-        os.replace(idx_part, idx_path(prefix))
+        if idx_part.exists():
+            os.replace(idx_part, idx_path(prefix))
         fsync_folder(bin_path(prefix).parent)
 
 

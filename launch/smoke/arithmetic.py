@@ -40,8 +40,9 @@ class Problem:
 class Kind:
     """A family of problems.
 
-    `ranges` gives each drawn number's inclusive range. `given` derives further numbers that the question states, `steps` pairs each
-    sentence of the solution with its equation; both use "a op b -> c". The last step's result is the answer.
+    `ranges` gives each drawn number's inclusive range. `given` derives further numbers that the question states;
+    `steps` pairs each sentence of the solution with its equation. Both use "a op b -> c"; the last result is
+    the answer.
     """
 
     name: str
@@ -192,9 +193,10 @@ KINDS = (
             ("After giving some away there are {eq} {items}.", "e - d -> g"),
         ),
         (
-            "{name} has {a} boxes of {b} {items}. {other} brings {f} more. They give {d} away. How many {items} are left?",
-            "{name} fills {a} boxes with {b} {items} each and {other} adds {f} {items}. Later {d} {items} are given away. "
-            "How many remain?",
+            "{name} has {a} boxes of {b} {items}. {other} brings {f} more. They give {d} away. "
+            "How many {items} are left?",
+            "{name} fills {a} boxes with {b} {items} each and {other} adds {f} {items}. "
+            "Later {d} {items} are given away. How many remain?",
         ),
     ),
 )
@@ -229,7 +231,7 @@ _OPERATION = re.compile(r"(\w) ([-+*/]) (\w) -> (\w)")
 
 
 def _apply(operation: str, numbers: dict[str, int]) -> str | None:
-    """Carry out "a op b -> c" in `numbers` and return "1 + 2 = 3", or None where it is inexact or leaves [1, MAX_VALUE]."""
+    """Carry out "a op b -> c" in `numbers` and return "1 + 2 = 3"; None if inexact or not in [1, MAX_VALUE]."""
     match = _OPERATION.fullmatch(operation)
     assert match, operation
     left, right = numbers[match[1]], numbers[match[3]]
@@ -287,7 +289,7 @@ def canonical_form(kind: Kind, numbers: dict[str, int]) -> str:
 def problems(seed: int, *, held_out: bool, unique_numbers: bool = False) -> Iterator[Problem]:
     """Endless problems without a repeated question; a canonical form is either in training or held out, for every seed.
 
-    With `unique_numbers` no canonical form comes twice either (used for evaluation, where each problem should count once);
+    With `unique_numbers` no canonical form comes twice either (for evaluation, where each problem should count once);
     such a stream ends when 1,000 draws in a row bring nothing new.
     """
     rng = random.Random(f"{seed}:{held_out}")
@@ -306,24 +308,3 @@ def problems(seed: int, *, held_out: bool, unique_numbers: bool = False) -> Iter
         misses = 0
         seen.add(key)
         yield problem
-
-
-def extract_answer(text: str) -> str | None:
-    """Content of the last complete `\\boxed{...}` in `text` (braces may nest), or None."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end].strip()
-    return None
-
-
-def is_correct(text: str, answer: str) -> bool:
-    """Whether the boxed answer in `text` equals `answer`: as integers where both are, else as text."""
-    found = extract_answer(text)
-    if found is None:
-        return False
-    found = found.replace(",", "")
-    both_integers = all(re.fullmatch(r"-?[0-9]+", value) for value in (found, answer))
-    return int(found) == int(answer) if both_integers else found == answer

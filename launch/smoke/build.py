@@ -56,11 +56,11 @@ QUICK = Settings(
 
 
 def build(folder: Path, settings: Settings | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Make everything under `folder` and return the record written to build.json; does nothing where it is there already.
+    """Make everything under `folder`, unless it is there already, and return the record that build.json holds.
 
     Datasets (prefixes): code and questions (the general mix), worked (arithmetic of the mid-training mix, beside code),
     solutions (the reference's), code_held_out, worked_held_out. Also tokenizer.json and problems_held_out.jsonl with a
-    `prompt` and an `answer` a line. The record's key covers the settings, the code of this package and the sources read.
+    `prompt` and an `answer` a line. The record's key covers the settings, this package's code and the sources read.
     Raises UserError where the standard library's sources are missing.
     """
     settings = settings or Settings()

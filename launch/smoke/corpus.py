@@ -7,7 +7,7 @@ from pathlib import Path
 
 from remit_megatron.errors import UserError
 
-# Test suites and character tables are repetitive, site-packages is not the standard library, and the rest is tied to one build.
+# Test suites and character tables are repetitive, site-packages is not the standard library, the rest is of one build.
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "turtledemo"}
     | {"__pycache__", "lib-dynload"}
@@ -26,7 +26,7 @@ class CodeFile:
 
 
 def is_held_out(key: str, shares_of_16: int = HELD_OUT_IN_16) -> bool:
-    """Whether the hash of `key` falls in the held-out `shares_of_16` of 16 equal parts; independent of order and machine."""
+    """Whether the hash of `key` falls in the held-out `shares_of_16` of 16 equal parts, whatever the machine."""
     return hashlib.sha256(key.encode()).digest()[0] % 16 < shares_of_16
 
 
@@ -35,7 +35,7 @@ def _is_skipped(relative: Path) -> bool:
 
 
 def code_files(root: Path | None = None) -> list[CodeFile]:
-    """Every UTF-8 source file under `root` (default: the standard library) of a usual size, in the order of its path's hash.
+    """Every UTF-8 source file of a usual size under `root` (default: the standard library), ordered by its path's hash.
 
     The hash order spreads packages evenly, so that any prefix of the list is a fair sample.
 

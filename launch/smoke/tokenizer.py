@@ -9,7 +9,7 @@ VOCAB_SIZE = 4096
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """Byte-level BPE with exactly `vocab_size` rows where the text is rich enough for them; row 0 is the end of a document.
+    """Byte-level BPE with `vocab_size` rows (fewer where the text is too poor); row 0 is the end of a document.
 
     Each digit is a token of its own, so that numbers are composed alike wherever they stand. The same texts in the same
     order give the same tokenizer.

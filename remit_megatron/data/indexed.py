@@ -112,7 +112,8 @@ def _map_index(idx: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]
     if size != offsets[-1]:
         raise _damaged(
             idx,
-            f"{size:,} bytes, but its header ({num_sequences:,} sequences, {num_marks:,} marks) asks for {offsets[-1]:,}",
+            f"{size:,} bytes, but its header ({num_sequences:,} sequences, {num_marks:,} marks) asks for "
+            f"{offsets[-1]:,}",
         )
     raw = np.memmap(idx, dtype=np.uint8, mode="r").view(np.ndarray)
     lengths = raw[offsets[0] : offsets[1]].view("<i4")

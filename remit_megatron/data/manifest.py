@@ -286,15 +286,16 @@ def _largest(indexed: IndexedTokens, tokens: np.ndarray, start: int) -> int:
 
 def _info_without_manifest(indexed: IndexedTokens) -> DatasetInfo:
     warnings = [
-        f"{indexed.prefix}: no manifest, so damage inside .bin goes unseen; `remit data verify --adopt {indexed.prefix}` "
-        "reads it once and writes one"
+        f"{indexed.prefix}: no manifest, so damage inside .bin goes unseen; "
+        f"`remit data verify --adopt {indexed.prefix}` reads it once and writes one"
     ]
     step = SAMPLE_BYTES // indexed.dtype.itemsize
     starts = np.arange(0, indexed.num_tokens, step)
     if indexed.tokens.nbytes > SCAN_BYTES:
         starts = np.unique(np.linspace(0, indexed.num_tokens - step, SAMPLES).astype(np.int64))
         warnings.append(
-            f"{indexed.prefix}: the largest id and the fingerprint come from {SAMPLES} samples of {SAMPLE_BYTES >> 20} MiB"
+            f"{indexed.prefix}: the largest id and the fingerprint come from {SAMPLES} samples of "
+            f"{SAMPLE_BYTES >> 20} MiB"
         )
     content = hashlib.sha256(f"without manifest {indexed.dtype} {indexed.num_tokens} ".encode())
     content.update(file_sha256(idx_path(indexed.prefix)).encode())

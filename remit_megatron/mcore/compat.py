@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+from typing import Any
 
 
 def importable(module: str) -> bool:
@@ -32,3 +33,78 @@ def has_transformer_engine() -> bool:
 @functools.cache
 def has_apex() -> bool:
     return importable("apex.optimizers")
+
+
+def align_optimizer_state(optimizer: Any) -> None:
+    """Make the distributed optimizer's checkpoint hold each state under its own parameter.
+
+    Megatron-Core 0.16.1 gathers the buckets of a buffer without the padding between them, then slices the result by
+    positions that count the padding: with several buckets (tied embeddings under pipelining, overlapped reduction)
+    states are saved shifted, and the last ones as zeros, with a warning at most. The gathered tensors are therefore
+    laid out with the padding before they are sliced. Idempotent; does nothing for other optimizers.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        gather = getattr(part, "get_parameter_state_dp_zero", None)
+        if gather is not None and not getattr(gather, "is_aligned", False):
+            aligned = functools.partial(_gather_aligned, gather, part.buffers)
+            aligned.is_aligned = True  # type: ignore[attr-defined]
+            part.get_parameter_state_dp_zero = aligned
+
+
+def make_loadable(optimizer: Any) -> None:
+    """Let a fresh distributed optimizer over torch's AdamW have states to load into, and load them. Idempotent.
+
+    Without Apex and Transformer Engine, Megatron-Core 0.16.1 reads the step of states that AdamW has not made yet, and
+    then expects a step among each parameter's tensors, where the checkpoint keeps one for all. The values made here,
+    and what the dummy update does to the master weights, are overwritten by the load.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        create = getattr(part, "_init_optimizer_states_with_dummy_values", None)
+        if create is None:
+            continue
+        if not part.optimizer.state:
+            create()
+        store = part._set_main_param_and_optimizer_states
+        if not getattr(store, "adds_step", False):
+            loadable = functools.partial(_store_with_step, part, store)
+            loadable.adds_step = True  # type: ignore[attr-defined]
+            part._set_main_param_and_optimizer_states = loadable
+
+
+def _store_with_step(part: Any, store: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+    group, order = part.model_param_group_index_map[model_param]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+    store(model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
+
+
+def separate_steps(optimizer: Any) -> None:
+    """Give each parameter's state a step of its own after a load.
+
+    Megatron-Core hands one tensor to all of them, and AdamW counts every state's step up in place: each update would
+    count once a parameter, and the bias correction would be wrong from the first resumed step on.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values() if getattr(part, "optimizer", None) else ():
+            if hasattr(state.get("step"), "clone"):
+                state["step"] = state["step"].clone()
+
+
+def _gather_aligned(gather: Any, buffers: list[Any], *args: Any, **kwargs: Any) -> Any:
+    state = gather(*args, **kwargs)
+    if state is None:  # not the rank that gathers
+        return None
+    for i, buffer in enumerate(buffers):
+        for tensors in state[i].values():
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                if len(tensors[key]) == buffer.numel_unpadded:
+                    tensors[key] = _insert_padding(tensors[key], buffer)
+    return state
+
+
+def _insert_padding(compact: Any, buffer: Any) -> Any:
+    padded = compact.new_zeros(buffer.numel)
+    start = 0
+    for bucket in buffer.buckets:
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = compact[start : start + bucket.numel_unpadded]
+        start += bucket.numel_unpadded
+    return padded

@@ -22,10 +22,16 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from remit_megatron.errors import UserError
+from remit_megatron.mcore import compat
 from remit_megatron.mcore.step import unwrap
 
 # Each optimizer state is stored under its parameter in the model's own shape, so that any layout can read it.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Gathered on one data-parallel rank over gloo: otherwise every rank of a node would hold all of its states at once.
+# Passed as a copy: Megatron adds process groups to it.
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 
 
 class _ThreadedSave(TorchDistSaveShardedStrategy):
@@ -50,12 +56,15 @@ class _ThreadedSave(TorchDistSaveShardedStrategy):
 
 def model_state(chunks: list[Any]) -> dict[str, Any]:
     """Sharded state of a rank's model chunks. Layers are named by their number in the whole model."""
-    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)}
+    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
 
 
 def _training_state(chunks: list[Any], optimizer: Any, is_loading: bool) -> dict[str, Any]:
     state = model_state(chunks)
-    optimizer_state = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=METADATA)
+    compat.align_optimizer_state(optimizer)
+    if is_loading:
+        compat.make_loadable(optimizer)
+    optimizer_state = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(METADATA))
     return {**state, "optimizer": optimizer_state}
 
 
@@ -109,6 +118,7 @@ def load_training(folder: Path, chunks: list[Any], optimizer: Any) -> None:
     loaded = _load(_training_state(chunks, optimizer, is_loading=True), folder)
     _restore_model(loaded, chunks)
     optimizer.load_state_dict(loaded["optimizer"])
+    compat.separate_steps(optimizer)
 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from remit_megatron.ops.shard import Shard, check_labels, combine_stats, gradien
 
 Implementation = Literal["auto", "torch", "triton"]
 
-MIN_PIECE_ELEMENTS = 2**18
+MIN_PIECE_ELEMENTS = 2**16
 MAX_PIECE_ELEMENTS = 2**24
-"""Bounds of the float32 working copy, in elements: 1 MiB, below which the calls cost more than the arithmetic, and
-64 MiB. Between them it is 1/512 of the logits, so at most 0.8% of their bytes for 16-bit logits."""
+"""Bounds of the float32 working copy, in elements: 256 KiB, below which the calls cost more than the arithmetic, and
+64 MiB. Between them it is 1/512 of the logits, so 0.8% of their bytes for 16-bit logits."""
 
 
 class Kernels(NamedTuple):
@@ -167,14 +167,19 @@ def torch_local_stats(logits: Tensor, labels: Tensor, shard: Shard) -> Tensor:
         stats[1] = 0.0
         return stats
     for piece in pieces(logits.shape):
-        x = logits.detach()[piece][..., : shard.num_valid]
-        column, owned = _owned_columns(labels[piece], shard)
-        # Finite, so that a row of -inf gives -inf and not nan.
-        largest = x.amax(dim=-1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).min)
-        exp = x.to(torch.float32, copy=True).sub_(largest).exp_()
-        stats[0][piece] = largest.squeeze(-1) + _sum_rows(exp).log_()
-        stats[1][piece] = torch.where(owned, x.gather(-1, column[..., None]).squeeze(-1).float(), 0.0)
+        _piece_stats(logits.detach()[piece], labels[piece], shard, stats[(slice(None), *piece)])
     return stats
+
+
+def _piece_stats(logits: Tensor, labels: Tensor, shard: Shard, out: Tensor) -> None:
+    """A function of its own, so that one piece's working copy is freed before the next one's is made."""
+    x = logits[..., : shard.num_valid]
+    column, owned = _owned_columns(labels, shard)
+    # Finite, so that a row of -inf gives -inf and not nan.
+    largest = x.amax(dim=-1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).min)
+    exp = x.to(torch.float32, copy=True).sub_(largest).exp_()
+    out[0] = largest.squeeze(-1) + _sum_rows(exp).log_()
+    out[1] = torch.where(owned, x.gather(-1, column[..., None]).squeeze(-1).float(), 0.0)
 
 
 def torch_write_gradient(
@@ -183,16 +188,17 @@ def torch_write_gradient(
     """`Kernels.write_gradient` in torch."""
     for piece in pieces(logits.shape):
         out[piece][..., shard.num_valid :] = 0
-        if shard.num_valid == 0:
-            continue
-        column, owned = _owned_columns(labels[piece], shard)
-        factor = coefficient[piece][..., None]
-        work = logits[piece][..., : shard.num_valid].to(torch.float32, copy=True)
-        work.sub_(lse[piece][..., None]).exp_()
-        work.scatter_add_(-1, column[..., None], -owned.float()[..., None])
-        # Filled, not multiplied by 0: the logits of a masked token may be anything.
-        work.mul_(factor).masked_fill_(factor == 0, 0.0)
-        out[piece][..., : shard.num_valid] = work
+        if shard.num_valid:
+            x, y = (whole[piece][..., : shard.num_valid] for whole in (logits, out))
+            _piece_gradient(x, labels[piece], lse[piece][..., None], coefficient[piece][..., None], shard, y)
+
+
+def _piece_gradient(x: Tensor, labels: Tensor, lse: Tensor, coefficient: Tensor, shard: Shard, out: Tensor) -> None:
+    column, owned = _owned_columns(labels, shard)
+    work = x.to(torch.float32, copy=True).sub_(lse).exp_()
+    work.scatter_add_(-1, column[..., None], -owned.float()[..., None])
+    # Filled, not multiplied by 0: the logits of a masked token may be anything.
+    out.copy_(work.mul_(coefficient).masked_fill_(coefficient == 0, 0.0))
 
 
 def _owned_columns(labels: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:

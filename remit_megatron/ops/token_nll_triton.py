@@ -22,7 +22,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 STATS_LANES = 512
 STATS_WARPS = 8
-GRADIENT_BLOCK = 8192
+GRADIENT_BLOCK = 4096
 GRADIENT_WARPS = 8
 
 
@@ -45,23 +45,23 @@ def token_stats_kernel(  # type: ignore[no-untyped-def]
 
     The lanes meet once, after the loop, so the loop has neither barrier nor shuffle, and 1 + 1/K exp2 a column.
     """
-    r = tl.program_id(0).to(tl.int64)  # n * L passes 2^31 at about 21k tokens
-    X += (r // n_inner) * stride_outer + (r % n_inner) * stride_inner
+    r = tl.program_id(0)
+    # n * L passes 2^31 at about 21k tokens, so offsets are 64 bits; the division is cheaper in 32.
+    X += (r // n_inner).to(tl.int64) * stride_outer + (r % n_inner).to(tl.int64) * stride_inner
     columns = tl.arange(0, LANES)[:, None] * K + tl.arange(0, K)[None, :]
     m = tl.full([LANES], LOWEST, tl.float32)  # finite: a lane that saw nothing, or -inf, must not give inf - inf
     d = tl.zeros([LANES], tl.float32)
     full = num_valid // (LANES * K) * (LANES * K)
     # Whole tiles need no mask: a mask that is not a multiple of the vector would split the loads.
     for i in range(0, full, LANES * K):
-        o = (i + columns).to(tl.int64)
-        x = tl.load(X + o * stride_column).to(tl.float32)
+        x = tl.load(X + (i + columns).to(tl.int64) * stride_column).to(tl.float32)
         m_new = tl.maximum(m, tl.max(x, 1))
         # The difference first: it is exact near the maximum, where a product with log2(e) would round.
         d = d * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((x - m_new[:, None]) * LOG2E), 1)
         m = m_new
     if full < num_valid:
-        o = (full + columns).to(tl.int64)
-        x = tl.load(X + o * stride_column, mask=o < num_valid, other=-float("inf")).to(tl.float32)
+        o = full + columns
+        x = tl.load(X + o.to(tl.int64) * stride_column, mask=o < num_valid, other=-float("inf")).to(tl.float32)
         m_new = tl.maximum(m, tl.max(x, 1))
         d = d * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((x - m_new[:, None]) * LOG2E), 1)
         m = m_new
@@ -96,29 +96,36 @@ def token_gradient_kernel(  # type: ignore[no-untyped-def]
 
     Padding columns and rows of coefficient 0 get zeros; such a row's logits are not read, so they may be anything.
     """
-    r = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(0)
     start = tl.program_id(1) * BLOCK
-    o = (start + tl.arange(0, BLOCK)).to(tl.int64)
-    X += (r // n_inner) * stride_outer + (r % n_inner) * stride_inner
-    OUT += (r // n_inner) * out_stride_outer + (r % n_inner) * out_stride_inner
+    o = start + tl.arange(0, BLOCK)
+    # Only a product with a stride can pass 2^31: 64-bit columns would double the comparison's instructions.
+    outer, inner, wide = (r // n_inner).to(tl.int64), (r % n_inner).to(tl.int64), o.to(tl.int64)
+    X += outer * stride_outer + inner * stride_inner + wide * stride_column
+    OUT += outer * out_stride_outer + inner * out_stride_inner + wide * out_stride_column
     c = tl.load(COEFFICIENT + r)
     # A branch on the scalar, not part of the mask: the interpreter cannot combine a block with a float comparison.
     if c == 0.0:
-        tl.store(OUT + o * out_stride_column, tl.zeros([BLOCK], OUT.dtype.element_ty), mask=o < num_local)
+        zeros = tl.zeros([BLOCK], tl.float32).to(OUT.dtype.element_ty)
+        if start + BLOCK <= num_local:
+            tl.store(OUT, zeros)
+        else:
+            tl.store(OUT, zeros, mask=o < num_local)
     else:
         lse = tl.load(LSE + r)
-        y = tl.load(Y + r) - first
+        label = tl.load(Y + r) - first
+        y = tl.where((label >= 0) & (label < num_valid), label, -1).to(tl.int32)
         if start + BLOCK <= num_valid:  # no mask, so that loads and stores stay 128 bits wide for any num_valid
-            x = tl.load(X + o * stride_column).to(tl.float32)
+            x = tl.load(X).to(tl.float32)
             g = tl.exp2((x - lse) * LOG2E)
             g = tl.where(o == y, g - 1.0, g) * c
-            tl.store(OUT + o * out_stride_column, g.to(OUT.dtype.element_ty))
+            tl.store(OUT, g.to(OUT.dtype.element_ty))
         else:
             valid = o < num_valid
-            x = tl.load(X + o * stride_column, mask=valid, other=-float("inf")).to(tl.float32)
+            x = tl.load(X, mask=valid, other=-float("inf")).to(tl.float32)
             g = tl.exp2((x - lse) * LOG2E)
             g = tl.where(o == y, g - 1.0, g) * c
-            tl.store(OUT + o * out_stride_column, tl.where(valid, g, 0.0).to(OUT.dtype.element_ty), mask=o < num_local)
+            tl.store(OUT, tl.where(valid, g, 0.0).to(OUT.dtype.element_ty), mask=o < num_local)
 
 
 INTERPRETED = not isinstance(token_stats_kernel, triton.JITFunction)

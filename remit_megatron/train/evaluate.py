@@ -1,15 +1,25 @@
-"""Held-out NLL of the model in training."""
+"""What a model is worth: held-out NLL in any layout, and exact-match accuracy on problems with a known answer."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from remit_megatron.config import Recipe
-from remit_megatron.mcore import datasets
-from remit_megatron.mcore.groups import Groups
+from remit_megatron.errors import UserError
+from remit_megatron.mcore import datasets, dist_checkpoint
+from remit_megatron.mcore.generate import greedy
+from remit_megatron.mcore.groups import Groups, initialize_groups
+from remit_megatron.mcore.model import Build, build_chunks
 from remit_megatron.mcore.step import make_forward_step, run_schedule
 from remit_megatron.objectives import NTP
+from remit_megatron.shape import check_layout
+from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint
 from remit_megatron.train.metrics import read, reduce_reports
+from remit_megatron.train.models import training_dtype
+from remit_megatron.train.runtime import Process, joined_process
 
 
 class Evaluator:
@@ -30,11 +40,9 @@ class Evaluator:
     @torch.no_grad()
     def run(self, chunks: list[Any], device: torch.device) -> dict[str, float]:
         """`eval/<name>/nll` of each set. Collective."""
-        results = {}
         for chunk in chunks:
             chunk.eval()
-        for name, held_out in self.sets.items():
-            results[f"eval/{name}/nll"] = self._nll(held_out, chunks, device)
+        results = {f"eval/{name}/nll": self._nll(held_out, chunks, device) for name, held_out in self.sets.items()}
         for chunk in chunks:
             chunk.train()
         return results
@@ -50,3 +58,91 @@ class Evaluator:
         reports = run_schedule(step, batches, chunks, forward_only=True)
         ratios, _ = reduce_reports(reports, self.groups.counts_loss, [], device)
         return read(ratios)["nll"]
+
+
+def evaluate_checkpoint(
+    recipe: Recipe, checkpoint: str, problems: str | None, max_new_tokens: int, output: str | None
+) -> None:
+    """Evaluate a checkpoint on a recipe's held-out sets and, with `problems`, by greedy decoding. Called on every rank.
+
+    problems: jsonl with `prompt` and `answer`. Prints the figures as JSON on rank 0, and writes them to `output`.
+    Raises UserError for a checkpoint or a file that does not fit.
+    """
+    cases = _read_problems(problems, recipe) if problems else None
+    with joined_process(recipe.compute) as process:
+        figures = _figures(recipe, checkpoint, cases, max_new_tokens, process)
+        if process.rank == 0:
+            text = json.dumps(figures, indent=1)
+            print(text)
+            if output:
+                Path(output).write_text(text + "\n")
+
+
+def _figures(
+    recipe: Recipe, checkpoint: str, cases: list[dict[str, str]] | None, max_new_tokens: int, process: Process
+) -> dict[str, Any]:
+    path = resolve_checkpoint(checkpoint, "--checkpoint")
+    meta = read_meta(path)
+    shape = meta.model_shape()
+    check_layout(shape, recipe.parallel, "model")
+    groups = initialize_groups(recipe.parallel, recipe.seed)
+    evaluator = Evaluator(recipe, groups, shape.vocab_size, meta.tokenizer)
+    build = Build(
+        device=process.device,
+        dtype=training_dtype(recipe, process.device.type),
+        implementation=recipe.model.implementation,
+        loss_implementation=recipe.compute.loss_implementation,
+    )
+    chunks, _ = build_chunks(
+        shape, recipe.parallel, build, max_sequence_length=recipe.data.sequence_length, scorer=True
+    )
+    dist_checkpoint.load_model(path, chunks)
+    figures: dict[str, Any] = {"checkpoint": str(path), "step": meta.step, "tokens": meta.tokens}
+    figures.update(evaluator.run(chunks, process.device))
+    if cases is not None:
+        figures.update(_exact_match(recipe, chunks[0], cases, max_new_tokens, groups))
+    dist.barrier()
+    return figures
+
+
+def _exact_match(
+    recipe: Recipe, model: Any, cases: list[dict[str, str]], max_new_tokens: int, groups: Groups
+) -> dict[str, Any]:
+    tokenizer = _tokenizer(recipe)
+    eod = recipe.data.eod_id
+    if eod is None:
+        raise UserError("decoding needs data.eod_id: the token that ends a text")
+    prompts = [tokenizer.encode(case["prompt"]).ids for case in cases]
+    generated = greedy(model, prompts, max_new_tokens=max_new_tokens, eod_id=eod, groups=groups)
+    answers = [boxed_answer(tokenizer.decode(ids)) for ids in generated]
+    correct = sum(answer == case["answer"] for answer, case in zip(answers, cases, strict=True))
+    return {"exact_match": correct / len(cases), "correct": correct, "problems": len(cases)}
+
+
+def boxed_answer(text: str) -> str | None:
+    """What stands in the first \\boxed{...} of a solution, without spaces; None where there is none."""
+    _, found, rest = text.partition("\\boxed{")
+    answer, closed, _ = rest.partition("}")
+    return answer.strip() if found and closed else None
+
+
+def _tokenizer(recipe: Recipe) -> Any:
+    from tokenizers import Tokenizer
+
+    if recipe.data.tokenizer is None:
+        raise UserError("decoding needs data.tokenizer: a tokenizer.json, or a folder with one")
+    path = Path(recipe.data.tokenizer)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"data.tokenizer: {path} does not exist")
+    return Tokenizer.from_file(str(path))
+
+
+def _read_problems(path: str, recipe: Recipe) -> list[dict[str, str]]:
+    try:
+        cases = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--problems {path}: cannot be read: {error}") from None
+    if not cases or not all(isinstance(c, dict) and {"prompt", "answer"} <= c.keys() for c in cases):
+        raise UserError(f"--problems {path}: every line must be an object with `prompt` and `answer`")
+    return cases

@@ -112,7 +112,7 @@ class WandbLog:
                 id=self.identity,
                 resume="allow",
                 dir=str(run),
-                mode=recipe.logging.wandb,
+                mode="online" if recipe.logging.wandb == "online" else "offline",
                 config=recipe.model_dump(),
                 settings=wandb.Settings(init_timeout=30, console="off"),
             )

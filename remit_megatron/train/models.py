@@ -47,9 +47,6 @@ def make_plan(recipe: Recipe, device_type: str) -> Plan:
         if reference_meta.step == 0:
             raise UserError(f"reference.path: {reference_path} was saved before its first step: it is untrained")
         check_layout(reference_shape, recipe.parallel, "reference")
-    precision = recipe.compute.precision
-    if precision == "auto":
-        precision = "bf16" if device_type == "cuda" else "fp32"
     return Plan(
         shape=shape,
         init=init,
@@ -57,8 +54,16 @@ def make_plan(recipe: Recipe, device_type: str) -> Plan:
         reference_shape=reference_shape,
         reference_path=reference_path,
         reference_meta=reference_meta,
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        dtype=training_dtype(recipe, device_type),
     )
+
+
+def training_dtype(recipe: Recipe, device_type: str) -> torch.dtype:
+    """What compute.precision means on a device."""
+    precision = recipe.compute.precision
+    if precision == "auto":
+        precision = "bf16" if device_type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def build_student(recipe: Recipe, plan: Plan, device: torch.device) -> tuple[list[Any], Any]:

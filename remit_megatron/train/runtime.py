@@ -54,16 +54,13 @@ def start_process(compute: Compute) -> Process:
     device = platform.activate(compute.device, local_rank)
     if device.type == "cpu":
         torch.set_num_threads(compute.threads or max(1, (os.cpu_count() or 1) // local_world_size))
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        init: dict[str, object] = {"store": dist.HashStore()}
-    else:
-        init = {"init_method": "env://"}
+    alone = world_size == 1 and "MASTER_ADDR" not in os.environ
     dist.init_process_group(
         platform.backend(device),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=compute.collective_timeout_s),
-        **init,
+        store=dist.HashStore() if alone else None,
     )
     return Process(
         rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size, device=device

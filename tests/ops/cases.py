@@ -22,6 +22,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 """Functions that leave the values of logits [s, b, V] alone and change their strides."""
 
 
+def gradient_of(leaf: Tensor) -> Tensor:
+    """What backward left in the leaf."""
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 @dataclass(frozen=True)
 class Case:
     """Whole logits [s, b, V] on CPU with what a test needs beside them."""
@@ -38,8 +44,7 @@ class Case:
         logits = self.logits.double().requires_grad_()
         nll = reference.token_nll(logits, self.labels, valid_vocab=self.valid_vocab)
         nll.backward(self.upstream.double())
-        assert logits.grad is not None
-        return nll.detach(), logits.grad
+        return nll.detach(), gradient_of(logits)
 
 
 def make_case(

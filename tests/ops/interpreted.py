@@ -11,8 +11,8 @@ import torch.distributed as dist
 from remit_megatron.ops import token_nll_triton
 from remit_megatron.ops.linear_nll import linear_nll
 from remit_megatron.ops.token_nll import token_nll
-from tests.ops.cases import DTYPES, LAYOUTS, Case, check_gradient, check_nll, make_case
-from tests.ops.test_ranks import CollectiveCounter, make_groups
+from tests.ops.cases import DTYPES, LAYOUTS, Case, check_gradient, check_nll, gradient_of, make_case
+from tests.ops.groups import SIZES, WORLD, CollectiveCounter, make_groups
 from tests.ranks import run_ranks
 
 ROUNDING = {torch.float32: 0.501, torch.float16: 0.501, torch.bfloat16: 1.001}
@@ -40,7 +40,7 @@ def test_layouts(dtype: torch.dtype, layout: str, leaf: bool) -> None:
     transform = LAYOUTS[layout]
     base = transform(case.logits).detach().requires_grad_() if leaf else case.logits.clone().requires_grad_()
     run(case, base if leaf else transform(base * 1))
-    check_gradient(base.grad, case.spec()[1], case, ROUNDING[dtype])
+    check_gradient(gradient_of(base), case.spec()[1], case, ROUNDING[dtype])
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_widths_around_a_tile(vocab: int, valid_vocab: int, dtype: torch.dtype) 
     case = make_case(1, s=5, b=1, vocab=vocab, valid_vocab=valid_vocab, dtype=dtype)
     base = case.logits.clone().requires_grad_()
     run(case, base * 1)
-    check_gradient(base.grad, case.spec()[1], case, ROUNDING[dtype])
+    check_gradient(gradient_of(base), case.spec()[1], case, ROUNDING[dtype])
 
 
 def test_columns_wider_than_a_gradient_block() -> None:
@@ -61,7 +61,7 @@ def test_columns_wider_than_a_gradient_block() -> None:
     case.upstream.copy_(torch.tensor([[1.5], [-0.3]]))
     base = case.logits.clone().requires_grad_()
     run(case, base * 1)
-    check_gradient(base.grad, case.spec()[1], case, ROUNDING[torch.bfloat16])
+    check_gradient(gradient_of(base), case.spec()[1], case, ROUNDING[torch.bfloat16])
 
 
 @pytest.mark.parametrize("scale", [60.0, 3e3])
@@ -70,7 +70,7 @@ def test_large_logits(scale: float, dtype: torch.dtype) -> None:
     case = make_case(3, s=6, b=2, vocab=70, scale=scale, dtype=dtype)
     base = case.logits.clone().requires_grad_()
     run(case, base * 1)
-    check_gradient(base.grad, case.spec()[1], case, ROUNDING[dtype])
+    check_gradient(gradient_of(base), case.spec()[1], case, ROUNDING[dtype])
 
 
 def test_four_dimensions_that_no_two_strides_describe() -> None:
@@ -81,7 +81,7 @@ def test_four_dimensions_that_no_two_strides_describe() -> None:
     nll = token_nll(logits, labels, implementation="triton")
     nll.backward(upstream)
     check_nll(nll.detach().permute(2, 1, 0).reshape(24, 1), case.spec()[0], case)
-    check_gradient(base.grad, case.spec()[1], case)
+    check_gradient(gradient_of(base), case.spec()[1], case)
 
 
 @pytest.mark.parametrize("shape", ["expanded", "transposed"])
@@ -92,7 +92,7 @@ def test_upstream_of_any_stride(shape: str) -> None:
     case.upstream.copy_(upstream.clone())
     base = case.logits.clone().requires_grad_()
     token_nll(base * 1, case.labels, implementation="triton").backward(upstream)
-    check_gradient(base.grad, case.spec()[1], case)
+    check_gradient(gradient_of(base), case.spec()[1], case)
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_its_stride() -> None:
@@ -111,8 +111,8 @@ def test_masked_rows_may_hold_anything_and_no_tokens_is_fine() -> None:
     nll = token_nll(logits, torch.tensor([-100, 5, 6, 7]), implementation="triton")
     nll.backward(torch.tensor([3.0, 0.0, 1.0, 2.0]))
     assert nll[0] == 0
-    assert not logits.grad[:2].any()
-    assert logits.grad[2:].isfinite().all()
+    assert not gradient_of(logits)[:2].any()
+    assert gradient_of(logits)[2:].isfinite().all()
     assert token_nll(logits[:0], torch.zeros(0, dtype=torch.int64), implementation="triton").shape == (0,)
 
 
@@ -150,13 +150,13 @@ def on_rank(rank: int) -> dict[tuple[int, str], Any]:
             leaf = case.logits.chunk(size, dim=-1)[dist.get_rank(group)].clone().requires_grad_()
             with CollectiveCounter() as counter:
                 nll = run(case, leaf * 1, tp_group=group)
-            found[size, name] = (nll, leaf.grad, counter.counts.total())
+            found[size, name] = (nll, gradient_of(leaf), counter.counts.total())
     return found
 
 
 def test_tensor_parallel() -> None:
-    results = run_ranks(4, on_rank)
-    for size in (1, 2, 4):
+    results = run_ranks(WORLD, on_rank)
+    for size in SIZES:
         for name, shape in TP_CASES.items():
             case = make_case(8, **shape)
             ranks = [one[size, name] for one in results]

@@ -1,23 +1,20 @@
 """Tensor and context parallelism on gloo: one spawn carries every case, and the parent compares with float64."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from remit_megatron.ops import reference
 from remit_megatron.ops.linear_nll import linear_nll
 from remit_megatron.ops.token_nll import token_nll
 from remit_megatron.ops.weights import remit_weights
-from tests.ops.cases import Case, check_gradient, check_nll, make_case
+from tests.ops.cases import Case, check_gradient, check_nll, gradient_of, make_case
+from tests.ops.groups import SIZES, WORLD, CollectiveCounter, make_groups
 from tests.ranks import run_ranks
 
-WORLD = 4
-SIZES = (1, 2, 4)
 TP_CASES: dict[str, dict[str, Any]] = {
     "labels on the edges": {"s": 9, "b": 2, "vocab": 32, "edge": 8},
     "ragged padding": {"s": 6, "b": 3, "vocab": 32, "valid_vocab": 27, "edge": 8},
@@ -28,31 +25,6 @@ TP_CASES: dict[str, dict[str, Any]] = {
     "float16": {"s": 9, "b": 2, "vocab": 32, "valid_vocab": 30, "dtype": torch.float16},
 }
 CHUNKS = (3, 64)
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts the process group operations that the code under it starts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.counts[func.name()] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def make_groups(rank: int) -> dict[int, dist.ProcessGroup]:
-    """Of each size, the group of consecutive ranks that this rank is in."""
-    mine = {}
-    for size in SIZES:
-        for first in range(0, WORLD, size):
-            members = list(range(first, first + size))
-            group = dist.new_group(members)
-            if rank in members:
-                mine[size] = group
-    return mine
 
 
 def tp_on_rank(case: Case, group: dist.ProcessGroup) -> dict[str, Any]:
@@ -68,7 +40,7 @@ def tp_on_rank(case: Case, group: dist.ProcessGroup) -> dict[str, Any]:
         nll.backward(case.upstream)
     return {
         "nll": nll.detach(),
-        "gradient": leaf.grad,
+        "gradient": gradient_of(leaf),
         "unchanged": unchanged,
         "collectives": (forward.counts.total(), backward.counts.total()),
     }

@@ -1,0 +1,33 @@
+# Every target sets up .venv first if it has to. PYTHON is any Python 3.11.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup smoke test lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet -e ".[dev,wandb]"
+	touch $(STAMP)
+
+smoke: setup
+	$(BIN)/python -m launch.smoke --out runs/smoke
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m benchmarks.step --output benchmarks/results/step-$$(hostname -s).json
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

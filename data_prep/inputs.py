@@ -1,0 +1,213 @@
+"""What `tokenize` reads: from paths, globs, folders and Hugging Face datasets to an ordered list of tasks.
+
+A task is a piece that one worker reads from its start: a byte range of a JSON-lines file, a compressed file, a row
+group, a range of rows. Their order is the order of the output, whoever works on them.
+"""
+
+import glob
+import hashlib
+import os
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from remit_megatron.errors import UserError
+
+TASK_BYTES = 32 << 20
+SUFFIXES = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+    ".jsonl.gz": "jsonl.gz", ".ndjson.gz": "jsonl.gz", ".json.gz": "jsonl.gz",
+    ".jsonl.zst": "jsonl.zst", ".ndjson.zst": "jsonl.zst", ".json.zst": "jsonl.zst",
+    ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text",
+}  # fmt: skip
+HUB_PREFIX = "hf:"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One file or dataset, with what tells whether it changed between two starts."""
+
+    path: str
+    kind: str
+    """jsonl, jsonl.gz, jsonl.zst, parquet, text, lines (text by the line), arrow (a saved dataset) or hub."""
+    size: int
+    """Bytes on disk; 0 for a dataset on the hub."""
+    mtime_ns: int
+
+    def provenance(self) -> dict[str, Any]:
+        """What a manifest keeps of it: path, kind, bytes, and SHA-256 of the first and last MiB of a file."""
+        record: dict[str, Any] = {"path": self.path, "kind": self.kind, "bytes": self.size}
+        if os.path.isfile(self.path):
+            with open(self.path, "rb") as file:
+                digest = hashlib.sha256(file.read(1 << 20))
+                file.seek(max(0, self.size - (1 << 20)))
+                digest.update(file.read(1 << 20))
+            record["first_last_mib_sha256"] = digest.hexdigest()
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A piece of an input: [low, high) in bytes (jsonl, lines), row groups (parquet), rows (arrow) or shards (hub)."""
+
+    source: Input
+    low: int
+    high: int
+    size: int
+    """Bytes on disk, for progress and for even shares."""
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def expand_inputs(names: list[str], *, text_lines: bool = False) -> list[Input]:
+    """Inputs in the order given, each folder or glob sorted by path. Raises UserError for what cannot be read."""
+    found: list[Input] = []
+    for name in names:
+        found.extend(_expand(name, text_lines))
+    seen: set[str] = set()
+    for item in found:
+        if item.path in seen:
+            raise UserError(f"{item.path}: named twice among the inputs; its documents would count twice")
+        seen.add(item.path)
+    return found
+
+
+def plan_tasks(inputs: list[Input], task_bytes: int, text_key: str) -> list[Task]:
+    """Cut inputs into tasks, in the order of the output. Raises UserError for a file without the text column."""
+    tasks: list[Task] = []
+    for source in inputs:
+        if source.kind in ("jsonl", "lines"):
+            cuts = [*range(0, source.size, task_bytes), source.size]
+            tasks.extend(Task(source, low, high, high - low) for low, high in pairwise(cuts))
+        elif source.kind == "parquet":
+            tasks.extend(_parquet_tasks(source, text_key))
+        elif source.kind == "arrow":
+            tasks.extend(_arrow_tasks(source, task_bytes, text_key))
+        elif source.kind == "hub":
+            shards = open_hub(source.path).num_shards
+            tasks.extend(Task(source, shard, shard + 1, 1) for shard in range(shards))
+        else:
+            tasks.append(Task(source, 0, source.size, source.size))
+    return tasks
+
+
+def take_shard(tasks: list[Task], index: int, count: int) -> list[Task]:
+    """Consecutive tasks of about 1/count of the bytes, so that the shards' outputs in order are the whole output."""
+    if count > len(tasks):
+        raise UserError(
+            f"--shard {index}/{count}: the input has only {len(tasks)} pieces; use {len(tasks)} shards or fewer"
+        )
+    total = sum(task.size for task in tasks)
+    shares: list[list[Task]] = [[] for _ in range(count)]
+    before, current = 0, 0
+    for position, task in enumerate(tasks):
+        left = len(tasks) - position
+        # The next shard begins at its share of the bytes, or when every remaining shard needs one of the tasks left.
+        if shares[current] and current < count - 1 and (
+            before * count >= total * (current + 1) or left == count - 1 - current
+        ):  # fmt: skip
+            current += 1
+        shares[current].append(task)
+        before += task.size
+    return shares[index]
+
+
+def open_hub(name: str) -> Any:
+    """A streamed dataset from `hf:NAME[@CONFIG][:SPLIT]`; NAME may be a local folder of data files."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{name}: reading it needs the package `datasets`: pip install datasets") from None
+    body = name.removeprefix(HUB_PREFIX)
+    body, _, split = body.partition(":")
+    body, _, config = body.partition("@")
+    try:
+        return datasets.load_dataset(body, config or None, split=split or "train", streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name}: the dataset cannot be opened: {str(error).splitlines()[0]}") from None
+
+
+def _expand(name: str, text_lines: bool) -> list[Input]:
+    if name.startswith(HUB_PREFIX):
+        return [Input(name, "hub", 0, 0)]
+    path = Path(name)
+    if path.is_dir():
+        return _expand_folder(path, text_lines)
+    if path.exists():
+        return [_input(path, _kind(path, text_lines))]
+    matches = sorted(glob.glob(name, recursive=True))
+    if not matches:
+        raise UserError(
+            f"{name}: no such file, folder or match; a dataset on the hub is written hf:NAME[@CONFIG][:SPLIT]"
+        )
+    return [item for match in matches for item in _expand(match, text_lines)]
+
+
+def _expand_folder(path: Path, text_lines: bool) -> list[Input]:
+    if (path / "dataset_dict.json").exists():
+        splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+        raise UserError(f"{path}: a saved dataset of several splits; name one of them: {splits}")
+    if (path / "state.json").exists() and (path / "dataset_info.json").exists():
+        files = sorted(path.glob("*.arrow"))
+        stats = [file.stat() for file in files]
+        return [
+            Input(str(path), "arrow", sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0))
+        ]
+    files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) and not p.name.startswith("."))
+    if not files:
+        raise UserError(f"{path}: holds no file with one of the endings {', '.join(SUFFIXES)}")
+    return [_input(file, _kind(file, text_lines)) for file in files]
+
+
+def _suffix(path: Path) -> str | None:
+    name = path.name.lower()
+    return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
+
+
+def _kind(path: Path, text_lines: bool) -> str:
+    suffix = _suffix(path)
+    if suffix is None:
+        raise UserError(f"{path}: unknown ending; known are {', '.join(SUFFIXES)}")
+    kind = SUFFIXES[suffix]
+    return "lines" if kind == "text" and text_lines else kind
+
+
+def _input(path: Path, kind: str) -> Input:
+    try:
+        with open(path, "rb"):
+            stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return Input(str(path), kind, stat.st_size, stat.st_mtime_ns)
+
+
+def _parquet_tasks(source: Input, text_key: str) -> list[Task]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source.path) as file:
+            names = file.schema_arrow.names
+            sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{source.path}: no valid parquet file: {str(error).splitlines()[0]}") from None
+    if text_key not in names:
+        raise UserError(f"{source.path}: no column '{text_key}'; name one with --text-key: {', '.join(names)}")
+    scale = source.size / max(1, sum(sizes))  # row groups are sized uncompressed
+    return [Task(source, group, group + 1, max(1, round(size * scale))) for group, size in enumerate(sizes)]
+
+
+def _arrow_tasks(source: Input, task_bytes: int, text_key: str) -> list[Task]:
+    import datasets
+
+    dataset = datasets.load_from_disk(source.path)
+    if text_key not in dataset.column_names:
+        raise UserError(
+            f"{source.path}: no column '{text_key}'; name one with --text-key: {', '.join(dataset.column_names)}"
+        )
+    rows = max(1, len(dataset) * task_bytes // max(1, source.size))
+    cuts = [*range(0, len(dataset), rows), len(dataset)]
+    per_row = source.size / max(1, len(dataset))
+    return [Task(source, low, high, round((high - low) * per_row)) for low, high in pairwise(cuts)]

@@ -1,0 +1,361 @@
+"""Documents of a task, in batches, from any position of it, in memory bounded by the longest document allowed."""
+
+import gzip
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import orjson
+
+from data_prep.inputs import Task, open_hub
+from remit_megatron.errors import UserError
+
+BATCH_BYTES = 4 << 20
+LARGE_LINE_BYTES = 4 << 20
+"""Lines from this size on are unescaped in pieces, because a JSON parser copies them several times."""
+PIECE_BYTES = 1 << 20
+EXCERPT_BYTES = 400
+BOM = b"\xef\xbb\xbf"
+HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
+
+
+@dataclass(slots=True)
+class Batch:
+    """Documents with text in order, records of those that could not be read, and where to go on."""
+
+    position: int
+    """Where the next document begins, in the units of the reader."""
+    texts: list[str | bytes] = field(default_factory=list)
+    """Non-empty texts; bytes are valid UTF-8."""
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    empty: int = 0
+    size: int = 0
+    """Bytes of text read, blank lines and bad ones included."""
+    disk_bytes: int = 0
+    """Bytes of the file on disk that this batch passed, for progress."""
+
+    def add(self, text: str | bytes) -> None:
+        if text:
+            self.texts.append(text)
+        else:
+            self.empty += 1
+
+
+def read_task(task: Task, start: int | None, text_key: str, max_bytes: int) -> Iterator[Batch]:
+    """Batches of a task's documents from position `start` (none: from its beginning)."""
+    kind = task.source.kind
+    if kind in ("jsonl", "lines"):
+        parse = _line_parser(text_key) if kind == "jsonl" else _plain_line
+        yield from _read_lines(task, start, parse, max_bytes)
+    elif kind in ("jsonl.gz", "jsonl.zst"):
+        yield from _read_compressed(task, start, text_key, max_bytes)
+    elif kind == "text":
+        yield from _read_text_file(task, start, max_bytes)
+    else:
+        rows = {"parquet": _parquet_rows, "arrow": _arrow_rows, "hub": _hub_rows}[kind]
+        yield from _read_rows(task, rows(task, start or 0, text_key), start or 0, max_bytes)
+
+
+class BadDocument(Exception):
+    """A document that cannot be used, with the reason."""
+
+
+def _bad(task: Task, position: int, reason: str, raw: bytes) -> dict[str, Any]:
+    excerpt = raw[:EXCERPT_BYTES].decode("utf-8", errors="backslashreplace")
+    where = "byte" if task.source.kind.split(".")[0] in ("jsonl", "lines", "text") else "row"
+    record: dict[str, Any] = {"file": task.source.path, where: position}
+    if where == "row":
+        record["piece"] = task.low
+    return {**record, "reason": reason, "excerpt": excerpt}
+
+
+# Lines
+
+
+def _read_lines(
+    task: Task, start: int | None, parse: Callable[[bytes], str | bytes], max_bytes: int
+) -> Iterator[Batch]:
+    """Lines that begin in [low, high)."""
+    with open(task.source.path, "rb", buffering=1 << 20) as file:
+        if start is None:
+            # From the byte before `low`: a line that begins exactly at `low` is ours, one that began earlier is not.
+            file.seek(max(task.low - 1, 0))
+            if task.low:
+                _skip_line(file)
+        else:
+            file.seek(start)
+        position = file.tell()
+        before = position
+        for batch in _lines(task, file, position, task.high, parse, max_bytes):
+            batch.disk_bytes, before = batch.position - before, batch.position
+            yield batch
+
+
+def _read_compressed(task: Task, start: int | None, text_key: str, max_bytes: int) -> Iterator[Batch]:
+    """All lines of a compressed file; positions are offsets in what it decompresses to."""
+    with open(task.source.path, "rb") as raw:
+        try:
+            with _decompressed(raw, task.source.kind) as file:
+                position = 0
+                while position < (start or 0):
+                    position += len(file.read(min(1 << 20, (start or 0) - position)))
+                before = 0
+                for batch in _lines(task, file, position, None, _line_parser(text_key), max_bytes):
+                    batch.disk_bytes, before = raw.tell() - before, raw.tell()
+                    yield batch
+        except (EOFError, OSError, _zstd_error()) as error:
+            raise UserError(
+                f"{task.source.path}: damaged or cut short ({error}); replace it, or leave it out"
+            ) from None
+
+
+def _decompressed(raw: IO[bytes], kind: str) -> IO[bytes]:
+    if kind.endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 20)  # type: ignore[arg-type]
+    import zstandard
+
+    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, read_size=1 << 20)
+    return io.BufferedReader(reader, 1 << 20)  # type: ignore[arg-type]
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+def _skip_line(file: IO[bytes]) -> None:
+    while (piece := file.readline(PIECE_BYTES)) and not piece.endswith(b"\n"):
+        continue
+
+
+def _lines(
+    task: Task,
+    file: IO[bytes],
+    position: int,
+    end: int | None,
+    parse: Callable[[bytes], str | bytes],
+    max_bytes: int,
+) -> Iterator[Batch]:
+    batch, batch_start = Batch(position), position
+    while end is None or position < end:
+        line = file.readline(max_bytes + 1)
+        if not line:
+            break
+        here = position
+        position += len(line)
+        if len(line) > max_bytes:
+            start = line[:EXCERPT_BYTES]
+            del line
+            length = _rest_of_line(file, max_bytes + 1)
+            position = here + length
+            batch.bad.append(_bad(task, here, f"longer than {max_bytes:,} bytes ({length:,})", start))
+        else:
+            if here == 0 and line.startswith(BOM):
+                line = line[len(BOM) :]
+            if not line.isspace() and line:
+                try:
+                    batch.add(parse(line))
+                except BadDocument as error:
+                    batch.bad.append(_bad(task, here, str(error), line))
+        if position - batch_start >= BATCH_BYTES:
+            batch.position, batch.size = position, position - batch_start
+            yield batch
+            batch, batch_start = Batch(position), position
+    batch.position, batch.size = position, position - batch_start
+    yield batch
+
+
+def _rest_of_line(file: IO[bytes], length: int) -> int:
+    """Read to the end of a line of which `length` bytes were read. Returns its whole length."""
+    while piece := file.readline(PIECE_BYTES):
+        length += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return length
+
+
+def _plain_line(line: bytes) -> str:
+    try:
+        return line.rstrip(b"\r\n").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadDocument(f"invalid UTF-8 at byte {error.start} of the line") from None
+
+
+def _line_parser(text_key: str) -> Callable[[bytes], str | bytes]:
+    loads = orjson.loads
+
+    def parse(line: bytes) -> str | bytes:
+        if len(line) > LARGE_LINE_BYTES:
+            return parse_large_line(line, text_key)
+        try:
+            record = loads(line)
+        except orjson.JSONDecodeError as error:
+            raise BadDocument(f"no valid JSON: {error.msg}, column {error.colno}") from None
+        return _text_of(record, text_key)
+
+    return parse
+
+
+def _text_of(record: Any, text_key: str) -> str:
+    if not isinstance(record, dict):
+        raise BadDocument(f"a JSON {type(record).__name__} where an object is expected")
+    if text_key not in record:
+        raise BadDocument(f"no key '{text_key}'")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise BadDocument(f"'{text_key}' holds {'null' if text is None else type(text).__name__}, not a string")
+    return text
+
+
+# Lines of many MiB
+
+
+def parse_large_line(line: bytes, text_key: str) -> str | bytes:
+    """The text of one JSON line as UTF-8, with little memory beyond the line and the text. Raises BadDocument.
+
+    Long strings are cut out of the line before it is parsed, and the one wanted is unescaped piece by piece.
+    """
+    spans = _long_strings(line)
+    shrunk, last = bytearray(), 0
+    for number, (start, end) in enumerate(spans):
+        shrunk += line[last:start] + b"\\u0000%d\\u0000" % number  # no text begins so by chance: see the check below
+        last = end
+    shrunk += line[last:]
+    try:
+        text = _text_of(orjson.loads(shrunk), text_key)
+        if not (text.startswith("\0") and text.endswith("\0") and text[1:-1].isdigit()):
+            return text
+        number = int(text[1:-1])
+        if number >= len(spans) or len(text) > 20:
+            return text
+        return _unescape(memoryview(line)[slice(*spans[number])])
+    except orjson.JSONDecodeError as error:
+        raise BadDocument(f"no valid JSON: {error.msg}") from None
+
+
+def _long_strings(line: bytes) -> list[tuple[int, int]]:
+    """(start, end) of what lies between the quotes of each JSON string longer than PIECE_BYTES."""
+    spans: list[tuple[int, int]] = []
+    position = line.find(b'"')
+    while position >= 0:
+        start = end = position + 1
+        while True:
+            end = line.find(b'"', end)
+            if end < 0:
+                return spans
+            backslashes = end - 1
+            while line[backslashes] == 0x5C:
+                backslashes -= 1
+            if (end - 1 - backslashes) % 2 == 0:
+                break
+            end += 1
+        if end - start > PIECE_BYTES:
+            spans.append((start, end))
+        position = line.find(b'"', end + 1)
+    return spans
+
+
+def _unescape(raw: memoryview) -> bytes:
+    pieces, start = [], 0
+    while start < len(raw):
+        end = _safe_cut(raw, start, min(start + PIECE_BYTES, len(raw)))
+        pieces.append(orjson.loads(b'"' + raw[start:end] + b'"').encode())
+        start = end
+    return b"".join(pieces)
+
+
+def _safe_cut(raw: memoryview, start: int, target: int) -> int:
+    """The last position in (start, target] between two characters, escaped or not, and between no surrogate pair."""
+    if target == len(raw):
+        return target
+    for cut in range(target, start, -1):
+        if raw[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
+            continue
+        before = bytes(raw[max(start, cut - 12) : cut])
+        if b"\\" not in before:
+            return cut
+        # An even number of backslashes before an escape, which is not the second half of a surrogate pair.
+        if raw[cut] == 0x5C and before[-1:] != b"\\" and not HIGH_SURROGATE.search(before):
+            return cut
+    raise BadDocument("an escape sequence without end")
+
+
+# Whole files and tables
+
+
+def _read_text_file(task: Task, start: int | None, max_bytes: int) -> Iterator[Batch]:
+    size = task.source.size
+    batch = Batch(position=size, size=size, disk_bytes=size)
+    if start is None:
+        with open(task.source.path, "rb") as file:
+            raw = file.read(max_bytes + 1)
+        if len(raw) > max_bytes:
+            batch.bad.append(_bad(task, 0, f"longer than {max_bytes:,} bytes ({size:,})", raw))
+        else:
+            raw = raw.removeprefix(BOM)
+            try:
+                batch.add(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                batch.bad.append(_bad(task, 0, f"invalid UTF-8 at byte {error.start}", raw))
+    yield batch
+
+
+def _read_rows(task: Task, rows: Iterator[Any], start: int, max_bytes: int) -> Iterator[Batch]:
+    """Batches of a column's values; positions are rows of the task."""
+    batch = Batch(start)
+    for number, value in enumerate(rows, start):
+        raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+        if not isinstance(raw, bytes):
+            batch.bad.append(
+                _bad(task, number, f"{'null' if value is None else type(value).__name__}, not a string", b"")
+            )
+        elif len(raw) > max_bytes:
+            batch.bad.append(_bad(task, number, f"longer than {max_bytes:,} bytes ({len(raw):,})", raw))
+        else:
+            try:
+                raw.decode("utf-8")
+                batch.add(raw)
+            except UnicodeDecodeError as error:
+                batch.bad.append(_bad(task, number, f"invalid UTF-8 at byte {error.start}", raw))
+            batch.size += len(raw)
+        batch.position = number + 1
+        if batch.size >= BATCH_BYTES:
+            yield batch
+            batch = Batch(number + 1)
+    yield batch
+
+
+def _parquet_rows(task: Task, start: int, text_key: str) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(task.source.path, buffer_size=1 << 20) as file:
+        row = 0
+        for table in file.iter_batches(64, row_groups=[task.low], columns=[text_key]):
+            row += len(table)
+            if row <= start:
+                continue
+            column = table.column(0)
+            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                column = column.cast(pyarrow.large_binary())  # one invalid value must not spoil its batch
+            yield from column.to_pylist()[max(0, start - (row - len(table))) :]
+
+
+def _arrow_rows(task: Task, start: int, text_key: str) -> Iterator[Any]:
+    import datasets
+
+    dataset = datasets.load_from_disk(task.source.path)
+    for low in range(task.low + start, task.high, 64):
+        yield from dataset[low : min(low + 64, task.high)][text_key]
+
+
+def _hub_rows(task: Task, start: int, text_key: str) -> Iterator[Any]:
+    dataset = open_hub(task.source.path)
+    shard = dataset.shard(num_shards=dataset.num_shards, index=task.low)
+    for number, row in enumerate(shard.skip(start) if start else shard):
+        if number == 0 and text_key not in row:
+            raise UserError(f"{task.source.path}: no column '{text_key}'; name one with --text-key: {', '.join(row)}")
+        yield row[text_key]

@@ -1,0 +1,290 @@
+"""`remit data tokenize`: raw text to a dataset, on all cores, resumable at any moment, the same bytes every time.
+
+The plan (inputs, tokenizer, settings) is written into PREFIX.parts/ first. Workers turn its tasks into parts, this
+process joins the parts in order, and a rename at the end makes the dataset appear.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from data_prep.assemble import Assembler, finish, remove_folder
+from data_prep.backends import TokenizerFile, choose_backend, clip, limit_threads, open_backend
+from data_prep.inputs import TASK_BYTES, Input, Task, expand_inputs, plan_tasks, take_shard
+from data_prep.progress import Meter
+from data_prep.readers import read_task
+from data_prep.worker import PART_BYTES, Encoder, Job, Progress, run_task, worker_main
+from remit_megatron.data.files import write_atomically, writing
+from remit_megatron.data.indexed import dtype_for, idx_path
+from remit_megatron.data.manifest import Manifest
+from remit_megatron.errors import RunError, UserError
+
+SAMPLE_TASKS = 8
+SAMPLE_DOCUMENTS = 100
+SAMPLE_CHARACTERS = 2 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizeSettings:
+    """What `remit data tokenize` was asked for. See `data_prep.cli` for the meaning of each."""
+
+    inputs: list[str]
+    tokenizer: str
+    output: str
+    workers: int | None = None
+    text_key: str = "text"
+    append_eod: bool = False
+    eod_token: str | None = None
+    vocab_size: int | None = None
+    text_lines: bool = False
+    max_bad: int = 1000
+    max_document_mib: int = 64
+    backend: str = "auto"
+    shard: tuple[int, int] | None = None
+    overwrite: bool = False
+    task_bytes: int = TASK_BYTES
+    part_bytes: int = PART_BYTES
+
+
+@dataclass(slots=True)
+class Plan:
+    """What will be done, and what must be the same when it is done in two goes."""
+
+    job: Job
+    inputs: list[Input]
+    tasks: list[Task]
+    version: str
+    why: str
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+def tokenize(settings: TokenizeSettings) -> Manifest:
+    """Make the dataset, or go on where an earlier start of the same command stopped.
+
+    Raises UserError for a mistake in the inputs, RunError for a disk or worker that fails; both leave what was done so
+    far on disk, and the same command goes on from there.
+    """
+    folder = Path(f"{settings.output}.parts")
+    if not folder.exists():
+        remove_folder(folder)
+    if idx_path(settings.output).exists() and not settings.overwrite and not folder.exists():
+        raise UserError(f"{idx_path(settings.output)}: exists already; use --overwrite or another --output")
+    inputs = expand_inputs(settings.inputs, text_lines=settings.text_lines)
+    file = TokenizerFile.load(settings.tokenizer)
+    with _locked(folder):
+        if (folder / "commit.json").exists():
+            return _said(settings, finish(settings.output, folder), "published what an earlier start had finished")
+        plan = _make_plan(settings, inputs, file, folder)
+        _match_plan(folder, plan, settings)
+        return _run(settings, plan)
+
+
+def _run(settings: TokenizeSettings, plan: Plan) -> Manifest:
+    job = plan.job
+    assembler = Assembler(job.folder, len(plan.tasks), dtype_for(job.vocab_size), settings.max_bad)
+    workers = min(settings.workers or len(os.sched_getaffinity(0)), len(plan.tasks))
+    _say(f"{job.backend} {plan.version}, {workers} workers, {len(plan.tasks)} pieces: {plan.why}")
+    meter = Meter(sum(task.size for task in plan.tasks), done=assembler.state.disk_bytes)
+    try:
+        assembler.advance()
+        with meter:
+            if workers == 1:
+                _run_here(plan, assembler, meter)
+            else:
+                _run_processes(plan, assembler, meter, workers)
+        manifest = assembler.commit(settings.output, _manifest_identity(settings, plan))
+    finally:
+        assembler.close()
+    return _said(settings, manifest, meter.summary())
+
+
+def _run_here(plan: Plan, assembler: Assembler, meter: Meter) -> None:
+    limit_threads()
+    encoder = Encoder(plan.job)
+    while not assembler.done:
+        number = assembler.state.task
+        run_task(plan.job, encoder, number, plan.tasks[number], _resume_point(assembler, number), meter.add)
+        assembler.advance()
+
+
+def _run_processes(plan: Plan, assembler: Assembler, meter: Meter, workers: int) -> None:
+    """Hand out tasks in order to worker processes and join the parts as they come."""
+    context = multiprocessing.get_context("spawn")
+    upcoming = assembler.state.task
+    # So far ahead and no further, or one slow task would let the others pile up parts without end.
+    ahead = 8 * workers
+    processes: dict[Connection, Any] = {}
+    idle: list[Connection] = []
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=worker_main, args=(plan.job, plan.tasks, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            processes[ours] = process
+        while not assembler.done:
+            for pipe in list(wait(list(processes), timeout=1.0)):
+                assert isinstance(pipe, Connection)
+                if _receive(pipe, processes[pipe], meter) == "ready":
+                    idle.append(pipe)
+                    assembler.advance()
+            while idle and upcoming < min(len(plan.tasks), assembler.state.task + ahead):
+                idle.pop().send((upcoming, _resume_point(assembler, upcoming)))
+                upcoming += 1
+    finally:
+        for pipe, process in processes.items():
+            pipe.close()
+            process.terminate()
+        for process in processes.values():
+            process.join()
+
+
+def _resume_point(assembler: Assembler, number: int) -> tuple[int, int | None]:
+    state = assembler.state
+    return (state.part, state.position) if number == state.task else (0, None)
+
+
+def _receive(pipe: Connection, process: Any, meter: Meter) -> str | None:
+    try:
+        message = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        raise RunError(
+            f"a worker process ended with {process.exitcode} (-9: killed, often for lack of memory); the same command "
+            "goes on from what is done, with --workers you can use fewer"
+        ) from None
+    if isinstance(message, Progress):
+        meter.add(message)
+        return None
+    if isinstance(message, tuple):
+        kind, text = message
+        raise kind(text)
+    return str(message)
+
+
+def _make_plan(settings: TokenizeSettings, inputs: list[Input], file: TokenizerFile, folder: Path) -> Plan:
+    tasks = plan_tasks(inputs, settings.task_bytes, settings.text_key)
+    if not tasks:
+        raise UserError(f"{', '.join(settings.inputs)}: nothing to read, every file is empty")
+    if settings.shard:
+        tasks = take_shard(tasks, *settings.shard)
+    vocab_size = settings.vocab_size or file.vocab_size
+    if vocab_size < file.vocab_size:
+        raise UserError(f"--vocab-size {vocab_size} is smaller than the {file.vocab_size} ids of {file.path}")
+    eod_id = file.eod_id(settings.eod_token) if settings.append_eod else None
+    maximum = settings.max_document_mib << 20
+    backend, why = choose_backend(settings.backend, file, _sample(tasks, settings.text_key, maximum))
+    job = Job(
+        folder=folder,
+        tokenizer=file,
+        backend=backend,
+        vocab_size=vocab_size,
+        eod_id=eod_id,
+        text_key=settings.text_key,
+        max_document_bytes=maximum,
+        max_bad=settings.max_bad,
+        part_bytes=settings.part_bytes,
+    )
+    plan = Plan(job=job, inputs=inputs, tasks=tasks, version=open_backend(backend, file).version, why=why)
+    plan.identity = {
+        "tokenizer": file.hash,
+        "backend": f"{backend} {plan.version}",
+        "vocab_size": vocab_size,
+        "eod_id": eod_id,
+        "text_key": settings.text_key,
+        "max_document_mib": settings.max_document_mib,
+        "shard": list(settings.shard) if settings.shard else None,
+        "tasks": [task.record() for task in tasks],
+    }
+    return plan
+
+
+def _sample(tasks: list[Task], text_key: str, max_bytes: int) -> list[str]:
+    """Documents from pieces spread over the input."""
+    chosen = sorted({round(i * (len(tasks) - 1) / max(1, SAMPLE_TASKS - 1)) for i in range(SAMPLE_TASKS)})
+    texts: list[str] = []
+    size = 0
+    for number in chosen:
+        if size > SAMPLE_CHARACTERS:
+            break
+        batch = next(read_task(tasks[number], None, text_key, max_bytes))
+        step = max(1, len(batch.texts) // SAMPLE_DOCUMENTS)
+        for text in batch.texts[::step]:
+            texts.append(clip(text))
+            size += len(texts[-1])
+    return texts
+
+
+def _match_plan(folder: Path, plan: Plan, settings: TokenizeSettings) -> None:
+    """Write the plan, or compare it with the one that an earlier start wrote."""
+    path = folder / "plan.json"
+    wanted = json.loads(json.dumps(plan.identity))
+    if not path.exists():
+        write_atomically(path, json.dumps(wanted).encode())
+        return
+    found = json.loads(path.read_text())
+    differing = [name for name in wanted if wanted[name] != found.get(name)]
+    if differing:
+        what = "the input files or their division" if differing == ["tasks"] else ", ".join(differing)
+        raise UserError(
+            f"{folder}: belongs to an unfinished run of another kind ({what} differ): repeat that command, delete the "
+            "folder, or choose another --output"
+        )
+    _say(f"going on with {folder}")
+
+
+def _manifest_identity(settings: TokenizeSettings, plan: Plan) -> dict[str, Any]:
+    job = plan.job
+    provenance: dict[str, Any] = {
+        "command": "tokenize",
+        "inputs": [source.provenance() for source in plan.inputs],
+        "text_key": job.text_key,
+        "backend": f"{job.backend} {plan.version}",
+        "shard": list(settings.shard) if settings.shard else None,
+    }
+    return {
+        "vocab_size": job.vocab_size,
+        "eod_id": job.eod_id,
+        "tokenizer_hash": job.tokenizer.hash,
+        "provenance": provenance,
+    }
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Create the work folder and keep a second run out of it for as long as this one lives."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")  # noqa: SIM115 - closed below
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another run works on it; wait for it or choose another --output") from None
+        yield
+    finally:
+        file.close()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _said(settings: TokenizeSettings, manifest: Manifest, how: str) -> Manifest:
+    bad, empty = manifest.provenance["bad"], manifest.provenance["empty"]
+    aside = f", {bad:,} put aside in {settings.output}.bad.jsonl" if bad else ""
+    left_out = f", {empty:,} empty left out" if empty else ""
+    print(
+        f"{settings.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens "
+        f"({manifest.dtype}){left_out}{aside}; {how}",
+        flush=True,
+    )
+    return manifest

@@ -1,0 +1,217 @@
+"""One worker: reads a task from wherever it stands, encodes it and writes parts. It shares nothing but the disk."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.backends import (
+    Backend,
+    HuggingFace,
+    TokenizerFile,
+    clip,
+    describe_difference,
+    limit_threads,
+    open_backend,
+)
+from data_prep.inputs import Task
+from data_prep.parts import PartWriter, parts_of
+from data_prep.readers import Batch, read_task
+from data_prep.writer import MAX_DOCUMENT_TOKENS, check_ids
+from remit_megatron.data.indexed import dtype_for
+from remit_megatron.errors import RemitError, RunError, UserError
+
+PART_BYTES = 32 << 20
+CHECK_EVERY = 2000
+"""One document in so many is encoded by `tokenizers` too where gigatoken does the work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every worker of a run knows."""
+
+    folder: Path
+    tokenizer: TokenizerFile
+    backend: str
+    vocab_size: int
+    eod_id: int | None
+    text_key: str
+    max_document_bytes: int
+    max_bad: int
+    part_bytes: int = PART_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a worker did since it last said so."""
+
+    size: int
+    """Bytes of text."""
+    disk_bytes: int
+    tokens: int
+
+
+class Encoder:
+    """Texts to ids with the end of document in place, checked against `tokenizers` now and then."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.backend: Backend = open_backend(job.backend, job.tokenizer)
+        self.reference = HuggingFace(job.tokenizer) if job.backend != HuggingFace.name else None
+        self.dtype = dtype_for(job.vocab_size)
+        self._documents = 0
+
+    def encode(self, texts: list[str | bytes]) -> tuple[np.ndarray, np.ndarray, int]:
+        """(ids, lengths, largest id); ids already in the dataset's dtype. Raises UserError, RunError on a mismatch."""
+        ids, lengths = self.backend.encode(texts)
+        self._check(texts)
+        largest = check_ids(ids, self.job.vocab_size, str(self.job.tokenizer.path))
+        if self.job.eod_id is None:
+            return ids.astype(self.dtype), lengths, largest
+        return *append_eod(ids, lengths, self.job.eod_id, self.dtype), max(largest, self.job.eod_id)
+
+    def _check(self, texts: list[str | bytes]) -> None:
+        first = -self._documents % CHECK_EVERY
+        self._documents += len(texts)
+        if self.reference is None:
+            return
+        for text in texts[first::CHECK_EVERY]:
+            sample = clip(text)
+            got, expected = self.backend.encode([sample])[0], self.reference.encode([sample])[0]
+            if not np.array_equal(got, expected):
+                raise RunError(
+                    f"{describe_difference(sample, got, expected)}: delete {self.job.folder} and start again with "
+                    "--backend tokenizers"
+                )
+
+
+def append_eod(ids: np.ndarray, lengths: np.ndarray, eod_id: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Put an EOD after each document, without a loop over documents. Ids must fit the dtype."""
+    lengths = lengths + 1
+    tokens = np.full(len(ids) + len(lengths), eod_id, dtype)
+    is_text = np.ones(len(tokens), dtype=bool)
+    is_text[np.cumsum(lengths) - 1] = False
+    tokens[is_text] = ids
+    return tokens, lengths
+
+
+def run_task(
+    job: Job,
+    encoder: Encoder,
+    number: int,
+    task: Task,
+    resume: tuple[int, int | None],
+    report: Callable[[Progress], None],
+) -> None:
+    """Write the parts of a task that are missing. `resume`: (number of the first part to look for, its position)."""
+    part, position = resume
+    for footer in parts_of(job.folder, number, part):
+        part, position = part + 1, footer.position
+        if footer.last:
+            return
+    batches = read_task(task, position, job.text_key, job.max_document_bytes)
+    at = position
+    more = True
+    while more:
+        writer = PartWriter(job.folder, number, part, encoder.dtype)
+        try:
+            at, more = _fill(job, encoder, writer, batches, at, report)
+            writer.commit(at if at is not None else 0, last=not more)
+        finally:
+            writer.abandon()
+        part += 1
+
+
+def _fill(
+    job: Job,
+    encoder: Encoder,
+    writer: PartWriter,
+    batches: Iterator[Batch],
+    at: int | None,
+    report: Callable[[Progress], None],
+) -> tuple[int | None, bool]:
+    """Move batches into a part until it is full. Returns (position after them, whether more may come)."""
+    for batch in batches:
+        tokens = 0
+        for texts in _groups(batch.texts):
+            ids, lengths, largest = encoder.encode(texts)
+            if len(lengths) and int(lengths.max()) > MAX_DOCUMENT_TOKENS:
+                raise UserError("a document has 2^31 tokens or more: lower --max-document-mib")
+            kept = lengths > (job.eod_id is not None)  # a normalizer may leave nothing of a text
+            if not kept.all():
+                ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
+                batch.empty += int((~kept).sum())
+            writer.append(ids, lengths, largest)
+            tokens += len(ids)
+        at = batch.position
+        writer.passed(empty=batch.empty, bad=batch.bad, size=batch.size, disk_bytes=batch.disk_bytes)
+        if writer.counts["num_bad"] > job.max_bad:
+            raise too_many_bad(writer.counts["num_bad"], job.max_bad, batch.bad[-1])
+        report(Progress(batch.size, batch.disk_bytes, tokens))
+        if writer.counts["size"] >= job.part_bytes:
+            return at, True
+    return at, False
+
+
+def _groups(texts: list[str | bytes], large: int = 1 << 22) -> Iterator[list[str | bytes]]:
+    """Large texts alone, so that no batch holds several; the list is emptied to free each one as it is done."""
+    group: list[str | bytes] = []
+    texts.reverse()
+    while texts:
+        text = texts.pop()
+        if len(text) >= large:
+            if group:
+                yield group
+                group = []
+            yield [text]
+        else:
+            group.append(text)
+    if group:
+        yield group
+
+
+def too_many_bad(found: int, allowed: int, example: dict[str, Any]) -> UserError:
+    where = f"byte {example['byte']}" if "byte" in example else f"row {example['row']}"
+    return UserError(
+        f"{example['file']}: {found} documents could not be read, --max-bad allows {allowed}; for example at {where}: "
+        f"{example['reason']}; correct the input or raise --max-bad"
+    )
+
+
+def worker_main(job: Job, tasks: list[Task], pipe: Connection) -> None:
+    """A worker process: takes (task number, resume) from the pipe, answers with Progress, then "done" or an error.
+
+    It ends when the pipe closes, so that no worker outlives a parent that was killed.
+    """
+    limit_threads()
+    parent = os.getppid()
+
+    def report(progress: Progress) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+        pipe.send(progress)
+
+    try:
+        encoder = Encoder(job)
+        while True:
+            pipe.send("ready")
+            number, resume = pipe.recv()
+            run_task(job, encoder, number, tasks[number], resume, report)
+    except EOFError:
+        return
+    except BrokenPipeError:
+        return
+    except RemitError as error:
+        _tell(pipe, (type(error), str(error)))
+    except MemoryError:
+        _tell(pipe, (RunError, "a worker ran out of memory: use fewer --workers or a smaller --max-document-mib"))
+
+
+def _tell(pipe: Connection, message: tuple[type[RemitError], str]) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        pipe.send(message)

@@ -1,0 +1,154 @@
+"""Small real runs for the trainer's tests: a dataset with structure, a recipe, and many runs in one spawn."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.writer import write_dataset
+from remit_megatron.config import parse_recipe
+from remit_megatron.errors import RemitError
+
+VOCAB, EOD, SEQUENCE, SAMPLES = 61, 0, 16, 8
+TIMING = ("step_ms", "score_ms", "tokens_per_s", "mfu")
+
+
+def make_data(folder: Path) -> None:
+    """train and held: arithmetic progressions modulo 60, so that there is something to learn."""
+    generator = np.random.default_rng(0)
+
+    def documents(count: int) -> list[list[int]]:
+        starts, steps = generator.integers(1, 40, count), generator.integers(1, 4, count)
+        lengths = generator.integers(5, 60, count)
+        return [list((s + d * np.arange(n)) % 60 + 1) for s, d, n in zip(starts, steps, lengths, strict=True)]
+
+    for name, count in (("train", 300), ("held", 40)):
+        write_dataset(str(folder / name), documents(count), vocab_size=VOCAB, eod_id=EOD)
+
+
+def settings(folder: Path, run: str, **changes: Any) -> dict[str, Any]:
+    """A recipe as a dictionary; `changes` are whole sections, merged key by key."""
+    recipe: dict[str, Any] = {
+        "run": str(folder / run),
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "vocab_size": VOCAB,
+            "tied_embeddings": True,
+        },
+        "data": {
+            "sequence_length": SEQUENCE,
+            "train": [{"path": str(folder / "train")}],
+            "eval": {"held": str(folder / "held")},
+        },
+        "batch": {"global_batch_tokens": SEQUENCE * SAMPLES, "microbatch_samples": 2},
+        "optimizer": {"peak_lr": 3e-3},
+        "schedule": {"train_tokens": 12 * SEQUENCE * SAMPLES, "warmup_tokens": 2 * SEQUENCE * SAMPLES},
+        "compute": {"device": "cpu", "threads": 1},
+        "evaluation": {"every_steps": 6, "samples": 5},
+        "checkpoint": {"every_steps": 6, "keep": 3},
+    }
+    for section, values in changes.items():
+        if isinstance(values, dict):
+            recipe.setdefault(section, {}).update(values)
+        else:
+            recipe[section] = values
+    return recipe
+
+
+def remit(folder: Path, run: str, **changes: Any) -> dict[str, Any]:
+    """The same with the co-located reference of the run `base`."""
+    changes = {"objective": {"name": "remit"}, "reference": {"path": str(folder / "base")}, **changes}
+    return settings(folder, run, **changes)
+
+
+def train_all(rank: int, recipes: list[Any], poison: dict[str, Any] | None = None) -> list[tuple[int, str]]:
+    """On one rank: run recipes one after the other; (exit code, message) of each.
+
+    poison: {"rank", "steps"}: on that rank the loss of those steps is multiplied by NaN.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from remit_megatron.mcore.platform import activate
+    from remit_megatron.train.loop import Trainer
+    from remit_megatron.train.runtime import Process, StopSignals
+    from tests.mcore.harness import leave_layout
+
+    activate("cpu")
+    size = dist.get_world_size()
+    process = Process(
+        rank=rank, world_size=size, local_rank=rank, local_world_size=size, device=torch.device("cpu")
+    )
+    outcomes = []
+    for recipe in recipes:
+        trainer = None
+        try:
+            trainer = Trainer(parse_recipe(recipe), process)
+            if poison:
+                trainer.forward_step.objective = _Poisoned(trainer, poison if rank == poison["rank"] else {"steps": []})
+            trainer.run(StopSignals())
+            outcomes.append((0, ""))
+        except RemitError as error:
+            outcomes.append((error.exit_code, str(error)))
+        finally:
+            if trainer is not None:
+                trainer.close()
+            dist.barrier()
+            leave_layout()
+    return outcomes
+
+
+class _Poisoned:
+    def __init__(self, trainer: Any, poison: dict[str, Any]):
+        self.trainer, self.inner, self.steps = trainer, trainer.objective, poison["steps"]
+        self.name, self.needs_reference = self.inner.name, self.inner.needs_reference
+
+    def __call__(self, stats: Any) -> Any:
+        import dataclasses
+
+        out = self.inner(stats)
+        if self.trainer.meta.step + 1 in self.steps:
+            out = dataclasses.replace(out, loss_sum=out.loss_sum * float("nan"))
+        return out
+
+
+def metrics(folder: Path, run: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without timings."""
+    lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def command(recipe: Path, nproc: int, *overrides: str) -> list[str]:
+    parts = [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli", "train", str(recipe), "--nproc", str(nproc)]
+    return parts + [part for override in overrides for part in ("--set", override)]
+
+
+def start(recipe: Path, nproc: int, log: Path) -> subprocess.Popen[bytes]:
+    """The command as a user starts it, with its output in `log`."""
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            command(recipe, nproc), stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes], timeout_s: float = 120) -> bool:
+    """Until `condition()` holds (True) or the process ends (False)."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    raise AssertionError("the run did not get there in time")
