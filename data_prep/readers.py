@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -97,6 +98,8 @@ def _read_compressed(task: Task, start: int | None, text_key: str, max_bytes: in
     """All lines of a compressed file; positions are offsets in what it decompresses to."""
     with open(task.source.path, "rb") as raw:
         try:
+            if task.source.kind.endswith(".zst"):
+                _check_zstd(task.source.path)
             with _decompressed(raw, task.source.kind) as file:
                 position = 0
                 while position < (start or 0):
@@ -118,6 +121,37 @@ def _decompressed(raw: IO[bytes], kind: str) -> IO[bytes]:
 
     reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, read_size=1 << 20)
     return io.BufferedReader(reader, 1 << 20)  # type: ignore[arg-type]
+
+
+def _check_zstd(path: str) -> None:
+    """Raise EOFError where a .zst ends inside a frame: the library would give what there is and say nothing.
+
+    Reads the block headers only. Format: RFC 8878, section 3.1.
+    """
+    import zstandard
+
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        while file.tell() < size:
+            start = file.tell()
+            head = file.read(18)
+            magic = int.from_bytes(head[:4], "little")
+            if magic & 0xFFFFFFF0 == 0x184D2A50:  # a frame to skip
+                file.seek(start + 8 + int.from_bytes(head[4:8], "little"))
+                continue
+            parameters = zstandard.get_frame_parameters(head)
+            file.seek(start + zstandard.frame_header_size(head))
+            last = False
+            while not last:
+                raw = file.read(3)
+                if len(raw) < 3:
+                    raise EOFError("it ends inside a frame")
+                header = int.from_bytes(raw, "little")
+                last = bool(header & 1)
+                file.seek(1 if header >> 1 & 3 == 1 else header >> 3, os.SEEK_CUR)
+            file.seek(4 * parameters.has_checksum, os.SEEK_CUR)
+        if file.tell() > size:
+            raise EOFError("it ends inside a frame")
 
 
 def _zstd_error() -> type[Exception]:
@@ -148,7 +182,6 @@ def _lines(
         position += len(line)
         if len(line) > max_bytes:
             start = line[:EXCERPT_BYTES]
-            del line
             length = _rest_of_line(file, max_bytes + 1)
             position = here + length
             batch.bad.append(_bad(task, here, f"longer than {max_bytes:,} bytes ({length:,})", start))
@@ -160,6 +193,7 @@ def _lines(
                     batch.add(parse(line))
                 except BadDocument as error:
                     batch.bad.append(_bad(task, here, str(error), line))
+        del line  # it may be the longest thing in memory while the batch is encoded
         if position - batch_start >= BATCH_BYTES:
             batch.position, batch.size = position, position - batch_start
             yield batch
@@ -259,12 +293,12 @@ def _long_strings(line: bytes) -> list[tuple[int, int]]:
 
 
 def _unescape(raw: memoryview) -> bytes:
-    pieces, start = [], 0
+    text, start = io.BytesIO(), 0
     while start < len(raw):
         end = _safe_cut(raw, start, min(start + PIECE_BYTES, len(raw)))
-        pieces.append(orjson.loads(b'"' + raw[start:end] + b'"').encode())
+        text.write(orjson.loads(b'"' + raw[start:end] + b'"').encode())
         start = end
-    return b"".join(pieces)
+    return text.getvalue()
 
 
 def _safe_cut(raw: memoryview, start: int, target: int) -> int:

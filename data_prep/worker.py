@@ -94,6 +94,9 @@ def append_eod(ids: np.ndarray, lengths: np.ndarray, eod_id: int, dtype: np.dtyp
     """Put an EOD after each document, without a loop over documents. Ids must fit the dtype."""
     lengths = lengths + 1
     tokens = np.full(len(ids) + len(lengths), eod_id, dtype)
+    if len(lengths) == 1:
+        tokens[:-1] = ids
+        return tokens, lengths
     is_text = np.ones(len(tokens), dtype=bool)
     is_text[np.cumsum(lengths) - 1] = False
     tokens[is_text] = ids

@@ -53,13 +53,16 @@ class BlockHasher:
 class DatasetWriter:
     """Appends arrays of ids to PREFIX.bin.part and lengths to PREFIX.len.part; `commit` turns them into a dataset."""
 
-    def __init__(self, prefix: str | Path, *, vocab_size: int) -> None:
-        """Raises UserError for a vocabulary that the format cannot hold, RunError where files cannot be written."""
+    def __init__(self, prefix: str | Path, *, vocab_size: int, dtype: np.dtype | None = None) -> None:
+        """dtype: default is Megatron's choice for the vocabulary.
+
+        Raises UserError for a vocabulary that the format cannot hold, RunError where files cannot be written.
+        """
         if not 0 < vocab_size <= np.iinfo(np.int32).max:
             raise UserError(f"vocab_size = {vocab_size} is not between 1 and {np.iinfo(np.int32).max}")
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
-        self.dtype = dtype_for(vocab_size)
+        self.dtype = dtype or dtype_for(vocab_size)
         self.num_tokens = 0
         self.num_documents = 0
         self.largest_id = 0
@@ -82,10 +85,11 @@ class DatasetWriter:
             raise UserError(
                 f"{self.prefix}: a document of {lengths.max():,} tokens; the format holds 2^31 - 1: split it"
             )
-        self._write(np.ascontiguousarray(tokens, dtype=self.dtype), lengths.astype("<i4"))
+        self.append_raw(np.ascontiguousarray(tokens, dtype=self.dtype), lengths.astype("<i4"))
         self.largest_id = max(self.largest_id, largest)
 
-    def _write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def append_raw(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Add ids of the dataset's dtype that were checked before, and lengths (int32) that may belong to later ids."""
         content = tokens.view(np.uint8).data
         with writing(self.bin_part):
             self._bin.write(content)

@@ -150,6 +150,7 @@ class Compute(Section):
     recompute: Literal["none", "full"] = "none"
     """`full` keeps one activation a layer and computes the rest again in backward."""
     loss_implementation: Literal["auto", "torch", "triton"] = "auto"
+    """Of the token NLL; `remit doctor` says what auto is here."""
     threads: Positive | None = None
     """CPU threads a rank; default: the machine's cores over its local ranks."""
     collective_timeout_s: Positive = 600
@@ -166,6 +167,7 @@ class Checkpoint(Section):
     every_steps: NonNegative = 0
     """0: at the end, and when asked to stop, only."""
     keep: Positive = 2
+    """Newest checkpoints that stay; older ones are removed once a newer one is complete."""
     asynchronous: bool = False
     """Write in a background process while training goes on."""
 
@@ -346,10 +348,8 @@ def dump_toml(recipe: Recipe) -> str:
 
 
 def _section_toml(settings: dict[str, Any], path: tuple[str, ...]) -> str:
-    lines = [f"{json.dumps(k) if not k.isidentifier() else k} = {_value_toml(v)}" for k, v in settings.items()
-             if not isinstance(v, dict)]  # fmt: skip
-    if path:
-        lines.insert(0, f"\n[{'.'.join(json.dumps(p) if not p.isidentifier() else p for p in path)}]")
+    lines = [f"\n[{'.'.join(map(_key_toml, path))}]"] if path else []
+    lines += [f"{_key_toml(k)} = {_value_toml(v)}" for k, v in settings.items() if not isinstance(v, dict)]
     children = [_section_toml(v, (*path, k)) for k, v in settings.items() if isinstance(v, dict) and v]
     return "\n".join(lines + [child.rstrip("\n") for child in children]) + "\n"
 
@@ -362,5 +362,14 @@ def _value_toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_value_toml(v) for v in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {_value_toml(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+        return "{" + ", ".join(f"{_key_toml(k)} = {_value_toml(v)}" for k, v in value.items()) + "}"
+    return _string_toml(value) if isinstance(value, str) else repr(value)
+
+
+def _string_toml(text: str) -> str:
+    # JSON's escapes are TOML's, but for DEL, and for JSON's surrogate pairs where TOML wants the character.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _key_toml(key: str) -> str:
+    return key if key.isidentifier() and key.isascii() else _string_toml(key)

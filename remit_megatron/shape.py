@@ -1,6 +1,9 @@
 """What a model is, apart from its weights and its layout: the part of a recipe that a checkpoint carries too."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_serializer
+from pydantic.functional_serializers import SerializerFunctionWrapHandler
 
 from remit_megatron.config import Model, Parallel
 from remit_megatron.errors import UserError
@@ -8,8 +11,24 @@ from remit_megatron.errors import UserError
 REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 
 
+class Latent(BaseModel):
+    """Sizes of multi-head latent attention: queries, and keys with values, pass through a low-rank latent."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    """Width of the rotary part of a head; its key is shared by all heads."""
+    v_head_dim: int
+
+
 class ModelShape(BaseModel):
-    """A decoder-only transformer: RMSNorm before each sublayer, SwiGLU, RoPE, grouped-query attention, no biases."""
+    """A decoder-only transformer with RMSNorm, SwiGLU, RoPE, grouped-query or latent attention.
+
+    The defaults make the plain one: norm before each sublayer, rotary positions in every layer, no biases.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,19 +43,49 @@ class ModelShape(BaseModel):
     tied_embeddings: bool
     rope_theta: float
     norm_epsilon: float
+    family: str = "gpt"
+    """Whose Hugging Face names and config the model goes by; `gpt` was never one and is exported as Llama."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """`pre`: x + f(norm(x)). `post`: x + norm(f(x)), and no other norm in the layer."""
+    qk_norm: Literal["none", "per_head", "full_width"] = "none"
+    """RMSNorm of queries and keys before rotation: each head by itself, or all heads of a token together."""
+    qkv_bias: bool = False
+    no_rope_layers: tuple[int, ...] = ()
+    """Layers without positions, counted from 0."""
+    latent: Latent | None = None
+    """Set: latent attention; `num_query_groups` is the number of heads and `kv_channels` the width of a query."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Traits that a model does not have are left out, so that a checkpoint's shape does not change as traits are added."""
+        fields = type(self).model_fields
+        return {k: v for k, v in handler(self).items() if fields[k].is_required() or v != fields[k].default}
+
+    def attention_parameters(self) -> int:
+        """Weights of one layer's attention, its own norms included."""
+        h, heads = self.hidden_size, self.num_attention_heads
+        if self.latent is not None:
+            m = self.latent
+            queries = h * m.q_lora_rank + m.q_lora_rank + m.q_lora_rank * heads * self.kv_channels
+            down = h * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank
+            up = m.kv_lora_rank * heads * (m.qk_nope_head_dim + m.v_head_dim)
+            return queries + down + up + heads * m.v_head_dim * h
+        fused = (heads + 2 * self.num_query_groups) * self.kv_channels
+        norms = {"none": 0, "per_head": 2, "full_width": heads + self.num_query_groups}[self.qk_norm] * self.kv_channels
+        return fused * (h + int(self.qkv_bias)) + heads * self.kv_channels * h + norms
 
     def num_parameters(self, embedding: bool = True) -> int:
         """Weights of the model; without the input embedding: those that multiply every token."""
-        h, f = self.hidden_size, self.ffn_hidden_size
-        heads = (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels * h
-        layer = heads + self.num_attention_heads * self.kv_channels * h + 3 * h * f + 2 * h
+        h = self.hidden_size
+        layer = self.attention_parameters() + 3 * h * self.ffn_hidden_size + 2 * h
         table = self.vocab_size * h
         tables = table * (1 if self.tied_embeddings or not embedding else 2)
         return self.num_layers * layer + h + tables
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations of one forward pass over one token, attention not halved for causality."""
-        attention = 4 * self.num_layers * self.num_attention_heads * self.kv_channels * sequence_length
+        values = self.latent.v_head_dim if self.latent else self.kv_channels
+        attention = 2 * self.num_layers * self.num_attention_heads * (self.kv_channels + values) * sequence_length
         return 2 * self.num_parameters(embedding=False) + attention
 
     def padded_vocab(self, tensor_parallel: int) -> int:

@@ -20,6 +20,8 @@ class Problem:
     solution: str
     answer: str
     canonical: str
+    reworded: str
+    """The same question in another wording, with the same people, things and numbers."""
 
     @property
     def kind(self) -> str:
@@ -34,6 +36,11 @@ class Problem:
     def document(self) -> str:
         """Question and solution as one training document."""
         return f"{self.prompt} {self.solution}\n"
+
+    @property
+    def statement(self) -> str:
+        """The question in two wordings and without a solution, as one training document."""
+        return f"Question: {self.question}\nIn other words: {self.reworded}\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,13 +278,15 @@ def _word(kind: Kind, numbers: dict[str, int], equations: list[str], rng: random
         "items": items,
     }
     words |= numbers
+    question, reworded = rng.sample(kind.questions, 2)
     answer = str(numbers[kind.steps[-1][1][-1]])
     sentences = [text.format(eq=eq, **words) for (text, _), eq in zip(kind.steps, equations, strict=True)]
     return Problem(
-        question=rng.choice(kind.questions).format(**words),
+        question=question.format(**words),
         solution=" ".join(sentences) + f" The answer is \\boxed{{{answer}}}.",
         answer=answer,
         canonical=canonical_form(kind, numbers),
+        reworded=reworded.format(**words),
     )
 
 

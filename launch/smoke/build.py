@@ -30,8 +30,8 @@ class Settings:
     seed: int = 1
     code_files: int = 400
     """Training files, at most."""
-    questions: int = 8_000
-    """Problems without solution, for the general mix."""
+    statements: int = 4_000
+    """Problems in two wordings and without a solution, for the general mix."""
     worked: int = 20_000
     """Problems with solution, for mid-training."""
     solutions: int = 10_000
@@ -45,7 +45,7 @@ class Settings:
 
 QUICK = Settings(
     code_files=60,
-    questions=500,
+    statements=250,
     worked=2_000,
     solutions=1_000,
     held_out_nll=100,
@@ -58,7 +58,7 @@ QUICK = Settings(
 def build(folder: Path, settings: Settings | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Make everything under `folder`, unless it is there already, and return the record that build.json holds.
 
-    Datasets (prefixes): code and questions (the general mix), worked (arithmetic of the mid-training mix, beside code),
+    Datasets (prefixes): code and statements (general mix), worked (arithmetic of the mid-training mix, beside code),
     solutions (the reference's), code_held_out, worked_held_out. Also tokenizer.json and problems_held_out.jsonl with a
     `prompt` and an `answer` a line. The record's key covers the settings, this package's code and the sources read.
     Raises UserError where the standard library's sources are missing.
@@ -114,7 +114,7 @@ def _texts(settings: Settings, code: list[str], held_out_code: list[str]) -> dic
 
     return {
         "code": code,
-        "questions": [f"Question: {problem.question}\n" for problem in take(0, settings.questions)],
+        "statements": [problem.statement for problem in take(0, settings.statements)],
         "worked": [problem.document for problem in take(1, settings.worked)],
         "solutions": [problem.document for problem in take(2, settings.solutions)],
         "code_held_out": held_out_code,

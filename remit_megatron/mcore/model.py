@@ -7,18 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from remit_megatron.config import Parallel
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import compat
-from remit_megatron.mcore.attention import SDPAttention
+from remit_megatron.mcore.families import layer_spec
 from remit_megatron.mcore.loss_hook import RemitGPTModel
 from remit_megatron.mcore.norm import RMSNorm
 from remit_megatron.shape import ModelShape, check_layout
@@ -34,6 +30,8 @@ class Build:
     """`local` or `transformer_engine`."""
     recompute: bool = False
     init_std: float = 0.02
+    initialize: bool = True
+    """False: weights are left as allocated, for a model that is about to be filled."""
     loss_implementation: str = "auto"
     head_chunk_tokens: int = 2048
 
@@ -43,7 +41,8 @@ def make_config(shape: ModelShape, parallel: Parallel, build: Build) -> Transfor
     on_cpu = build.device.type == "cpu"
     interleaved = parallel.virtual_pipeline > 1
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
+    kind, traits = _traits(shape)
+    return kind(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -58,6 +57,7 @@ def make_config(shape: ModelShape, parallel: Parallel, build: Build) -> Transfor
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=build.init_std,
+        perform_initialization=build.initialize,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
@@ -82,29 +82,43 @@ def make_config(shape: ModelShape, parallel: Parallel, build: Build) -> Transfor
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=False,
         cross_entropy_loss_fusion=False,
+        **traits,
         **(recompute if build.recompute else {}),
     )
 
 
-def local_layer_spec() -> Any:
-    """Megatron's local layer with the package's norm and attention."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = SDPAttention
-    return layer
+def _traits(shape: ModelShape) -> tuple[type[TransformerConfig], dict[str, Any]]:
+    """What a shape's traits are called in Megatron's config, and the class of that config."""
+    traits: dict[str, Any] = {"add_qkv_bias": shape.qkv_bias}
+    # The flag makes finalize_model_grads sum gradients over tensor-parallel ranks, which only per-head norms need.
+    traits["qk_layernorm"] = shape.qk_norm == "per_head"
+    if shape.no_rope_layers:
+        # 1 means that the layer goes without; Hugging Face's no_rope_layers has it the other way round.
+        traits["no_rope_freq"] = [int(layer in shape.no_rope_layers) for layer in range(shape.num_layers)]
+    if shape.latent is None:
+        return TransformerConfig, traits
+    sizes = {
+        "q_lora_rank": shape.latent.q_lora_rank,
+        "kv_lora_rank": shape.latent.kv_lora_rank,
+        "qk_head_dim": shape.latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": shape.latent.qk_rope_head_dim,
+        "v_head_dim": shape.latent.v_head_dim,
+    }
+    # Defaults are those of a YaRN model with a factor of 40.
+    rope = {"rope_type": "rope", "rotary_base": shape.rope_theta, "rotary_scaling_factor": 1.0}
+    return MLATransformerConfig, {**traits, **sizes, **rope, "apply_rope_fusion": False}
 
 
-def _block_spec(config: TransformerConfig, implementation: str, vp_stage: int | None) -> Any:
+def _block_spec(shape: ModelShape, config: TransformerConfig, implementation: str, vp_stage: int | None) -> Any:
     if implementation == "transformer_engine":
         if not compat.has_transformer_engine():
             raise UserError(
                 "model.implementation = 'transformer_engine' but Transformer Engine is not importable: install it "
                 "(it needs CUDA) or use 'local'"
             )
-        return get_gpt_layer_with_transformer_engine_spec()
+        return layer_spec(shape, implementation)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[local_layer_spec()] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(shape, implementation)] * layers, layer_norm=RMSNorm)
 
 
 def build_chunks(
@@ -139,13 +153,13 @@ def _build_chunk(
     stage = {} if vp_stage is None else {"vp_stage": vp_stage}
     model = RemitGPTModel(
         config,
-        _block_spec(config, build.implementation, vp_stage),
+        _block_spec(shape, config, build.implementation, vp_stage),
         shape.padded_vocab(parallel.tensor),
         max_sequence_length,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, **stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, **stage),
         share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="none" if shape.latent else "rope",
         rotary_base=shape.rope_theta,
         valid_vocab=shape.vocab_size,
         scorer=scorer,

@@ -1,10 +1,21 @@
-"""RMSNorm for Megatron's local layer spec."""
+"""RMSNorm for Megatron's local layer spec: of a whole vector, and of one that is sharded over tensor-parallel ranks."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+
+def _ones(width: int, config: Any) -> torch.nn.Parameter:
+    device = None if config.use_cpu_initialization else torch.cuda.current_device()
+    return torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype, device=device))
 
 
 class RMSNorm(torch.nn.Module):
@@ -16,11 +27,47 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        if not config.use_cpu_initialization:
-            self.weight.data = self.weight.data.to(torch.cuda.current_device())
+        self.weight = _ones(hidden_size, config)
         self.weight.sequence_parallel = config.sequence_parallel
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+class ShardedRMSNorm(torch.nn.Module):
+    """RMSNorm over a last axis of `width` that tensor-parallel ranks hold in equal parts: x [..., width/tp].
+
+    The sum of squares, [..., 1], crosses the ranks once forward and once backward. The weight is sharded like x, so
+    its gradient is complete on its rank. (A parameter whose name contains `q_layernorm` or `k_layernorm` would be
+    summed over the ranks by Megatron's finalize_model_grads: modules of this class must have another name.)
+    """
+
+    def __init__(self, config: Any, width: int, tp_group: Any, eps: float):
+        super().__init__()
+        assert width % tp_group.size() == 0
+        self.width = width
+        self.tp_group = tp_group
+        self.eps = eps
+        self.weight = _ones(width // tp_group.size(), config)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        squares = wide.square().sum(dim=-1, keepdim=True)
+        # Every rank's output depends on every rank's squares: the sum is an all-reduce in both directions.
+        squares = reduce_from_tensor_model_parallel_region(squares, group=self.tp_group)
+        squares = copy_to_tensor_model_parallel_region(squares, group=self.tp_group)
+        return (self.weight * (wide * torch.rsqrt(squares / self.width + self.eps))).to(x.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )

@@ -15,9 +15,9 @@ from remit_megatron.ops.shard import Shard, check_labels, combine_stats, gradien
 
 Implementation = Literal["auto", "torch", "triton"]
 
-MIN_PIECE_ELEMENTS = 2**16
+MIN_PIECE_ELEMENTS = 2**18
 MAX_PIECE_ELEMENTS = 2**24
-"""Bounds of the float32 working copy, in elements: 256 KiB, below which the calls cost more than the arithmetic, and
+"""Bounds of the float32 working copy, in elements: 1 MiB, below which the calls cost more than the arithmetic, and
 64 MiB. Between them it is 1/512 of the logits, so 0.8% of their bytes for 16-bit logits."""
 
 

@@ -46,9 +46,9 @@ class Trainer:
         self.recipe = recipe
         self.process = process
         self.is_main = process.rank == 0
-        self.num_microbatches = _microbatches(recipe, process.world_size)
         self.objective = recipe.build_objective()
         self.plan = make_plan(recipe, process.device.type)
+        self.num_microbatches = _microbatches(recipe, process.world_size)
         self.groups: Groups = initialize_groups(recipe.parallel, recipe.seed)
         self.sources = self._open_data()
         self.evaluator = Evaluator(recipe, self.groups, self.plan.shape.vocab_size, self.tokenizer_hash)

@@ -51,10 +51,13 @@ def test_question_states_every_number_that_the_solution_starts_from(training: li
             known.add(result)
 
 
-def test_wording_leaves_no_placeholder_and_names_two_people(training: list[arithmetic.Problem]) -> None:
+def test_wordings_leave_no_placeholder_and_agree_in_numbers(training: list[arithmetic.Problem]) -> None:
     for problem in training:
-        assert not re.search(r"[{}]", problem.question)
-        assert problem.question.endswith("?")
+        for text in (problem.question, problem.reworded):
+            assert not re.search(r"[{}]", text)
+            assert text.endswith("?")
+        assert problem.question != problem.reworded
+        assert set(re.findall(r"\d+", problem.question)) == set(re.findall(r"\d+", problem.reworded))
     assert {problem.kind for problem in training} == {kind.name for kind in arithmetic.KINDS}
 
 
@@ -130,7 +133,7 @@ def test_tokenizer_is_deterministic(training: list[arithmetic.Problem]) -> None:
 def test_datasets_hold_the_documents_and_nothing_held_out(built: Path) -> None:
     tokenizer = Tokenizer.from_file(str(built / "tokenizer.json"))
     texts = {}
-    for name in ("code", "questions", "worked", "solutions", "code_held_out", "worked_held_out"):
+    for name in ("code", "statements", "worked", "solutions", "code_held_out", "worked_held_out"):
         info = quick_verify(str(built / name), vocab_size=4096, tokenizer_hash=tokenizer_hash(built / "tokenizer.json"))
         assert not info.warnings
         dataset = IndexedDataset(str(built / name))
@@ -142,7 +145,7 @@ def test_datasets_hold_the_documents_and_nothing_held_out(built: Path) -> None:
     assert texts["code_held_out"] == [file.text for file in held]
     assert texts["worked"] == [p.document for p in take(build.QUICK.worked, 1001, held_out=False)]
     assert not set(texts["worked"]) & set(texts["solutions"])
-    assert not any("Answer" in text for text in texts["questions"])
+    assert not any("Answer" in text for text in texts["statements"])
     exact = [json.loads(line) for line in (built / "problems_held_out.jsonl").read_text().splitlines()]
     assert len(exact) == build.QUICK.held_out_exact
     for problem in exact:

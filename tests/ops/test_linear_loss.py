@@ -124,12 +124,12 @@ def test_without_gradient() -> None:
 
 
 def test_memory_is_one_sequence_of_logits() -> None:
-    s, b, vocab = 256, 8, 4096
+    s, b, vocab = 512, 8, 8192
     hidden, weight = torch.randn(s, b, 4, requires_grad=True), torch.randn(vocab, 4, requires_grad=True)
     labels = torch.zeros(b, s, dtype=torch.int64)
     peak = peak_bytes(lambda: linear_loss_by_sequence(hidden, weight, labels, lambda i, nll: nll.sum()))
     one_sequence = s * vocab * 4
-    assert one_sequence <= peak <= 1.15 * one_sequence  # of eight; the working copy has a floor of 256 KiB
+    assert one_sequence <= peak <= 1.15 * one_sequence  # of eight; the working copy has a floor of 1 MiB
 
 
 def on_rank(rank: int) -> dict[str, tuple[Tensor, ...]]:

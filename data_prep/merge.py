@@ -1,0 +1,100 @@
+"""`remit data merge`: datasets of one tokenizer joined in the order given, every block checked on the way."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep.writer import CHUNK, DatasetWriter
+from remit_megatron.data.indexed import IndexedTokens, bin_path, idx_path, open_index
+from remit_megatron.data.manifest import Manifest, fingerprint, manifest_path, quick_verify
+from remit_megatron.errors import UserError
+
+
+def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> Manifest:
+    """Write the concatenation of datasets as a new one and return its manifest.
+
+    Shards of one `tokenize --shard` run must be complete and in order; the result then equals the run without shards.
+    Raises UserError for datasets that do not fit together, that have no manifest, or that are damaged.
+    """
+    refuse_existing(output, overwrite)
+    if output in prefixes:
+        raise UserError(f"--output {output} is one of the datasets to merge: choose another name")
+    sources = [(open_index(prefix), owned_manifest(prefix)) for prefix in prefixes]
+    first = sources[0][1]
+    for (_, manifest), prefix in zip(sources, prefixes, strict=True):
+        for name in ("dtype", "tokenizer_hash", "eod_id", "vocab_size"):
+            if getattr(manifest, name) != getattr(first, name):
+                raise UserError(
+                    f"{manifest_path(prefix)}: {name} is {getattr(manifest, name)}, but {prefixes[0]} has "
+                    f"{getattr(first, name)}: only datasets made alike can be merged"
+                )
+    shards = _check_shards(prefixes, [manifest for _, manifest in sources])
+    dtype = np.dtype(first.dtype)
+    writer = DatasetWriter(output, vocab_size=first.vocab_size or int(np.iinfo(dtype).max), dtype=dtype)
+    try:
+        for indexed, manifest in sources:
+            _append(writer, indexed, manifest)
+        provenance = _provenance(prefixes, [manifest for _, manifest in sources], shards)
+        return writer.commit(eod_id=first.eod_id, tokenizer_hash=first.tokenizer_hash, provenance=provenance)
+    finally:
+        writer.abandon()
+
+
+def owned_manifest(prefix: str) -> Manifest:
+    """The manifest of a verified dataset of one sequence a document. Raises UserError where there is none."""
+    quick_verify(prefix)
+    manifest = Manifest.read(prefix)
+    if manifest is None:
+        raise UserError(f"{prefix}: no manifest; `remit data verify --adopt {prefix}` writes one after a full check")
+    if manifest.num_sequences != manifest.num_documents:
+        counts = f"{manifest.num_sequences} sequences in {manifest.num_documents} documents"
+        raise UserError(f"{idx_path(prefix)}: {counts}; only one sequence a document is supported")
+    return manifest
+
+
+def refuse_existing(output: str, overwrite: bool) -> None:
+    """Raise UserError where a dataset of that name exists and may not be replaced."""
+    if idx_path(output).exists() and not overwrite:
+        raise UserError(f"{idx_path(output)}: exists already; use --overwrite or another --output")
+
+
+def _append(writer: DatasetWriter, indexed: IndexedTokens, manifest: Manifest) -> None:
+    for start in range(0, len(indexed.lengths), CHUNK):
+        writer.append_raw(indexed.tokens[:0], indexed.lengths[start : start + CHUNK])
+    step = manifest.block_bytes // indexed.dtype.itemsize
+    for number, start in enumerate(range(0, indexed.num_tokens, step)):
+        block = indexed.tokens[start : start + step]
+        if hashlib.sha256(block.data).hexdigest() != manifest.bin_sha256[number]:
+            raise UserError(
+                f"{bin_path(indexed.prefix)}: block {number} does not have the manifest's SHA-256: it was damaged or "
+                "replaced; copy the dataset again, or make it again"
+            )
+        writer.append_raw(block, indexed.lengths[:0])
+    writer.largest_id = max(writer.largest_id, manifest.largest_id)
+
+
+def _check_shards(prefixes: Sequence[str], manifests: list[Manifest]) -> bool:
+    """Whether these are all shards of one run, in order. Raises UserError for some of them, or another order."""
+    shards = [manifest.provenance.get("shard") for manifest in manifests]
+    if not any(shards):
+        return False
+    count = next(shard[1] for shard in shards if shard)
+    expected = [[index, count] for index in range(count)]
+    if shards != expected:
+        found = [f"{shard[0]}/{shard[1]}" if shard else "none" for shard in shards]
+        raise UserError(
+            f"{prefixes[0]} and others: shards {', '.join(found)}, but 0/{count} to {count - 1}/{count} in this order "
+            "are needed; make the missing ones, or name them in order"
+        )
+    return True
+
+
+def _provenance(prefixes: Sequence[str], manifests: list[Manifest], shards: bool) -> dict[str, Any]:
+    sources = [
+        {"prefix": prefix, "fingerprint": fingerprint(manifest), "tokens": manifest.num_tokens,
+         "provenance": manifest.provenance}
+        for prefix, manifest in zip(prefixes, manifests, strict=True)
+    ]  # fmt: skip
+    return {"command": "merge", "shards": shards, "sources": sources}

@@ -1,0 +1,135 @@
+"""Feeds a training loop: microbatches of each step, assembled ahead, in an order that follows from the step alone.
+
+Both loaders take the same stateless `sample(n) -> dict of numpy arrays` and give the same tensors, bit for bit. The
+default one assembles steps in a thread and pins them for CUDA; `loader = "dali"` runs them through NVIDIA DALI.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from remit_megatron.errors import UserError
+
+Sample = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """Which samples this data-parallel rank takes, step by step.
+
+    Microbatch i of a step holds the samples from first + (i * dp_size + dp_rank) * microbatch_samples on.
+    """
+
+    first_sample: int
+    """Number of the sample with which the first global batch begins; to resume, the samples done."""
+    num_steps: int
+    num_microbatches: int
+    microbatch_samples: int
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.dp_rank < self.dp_size, f"rank {self.dp_rank} of {self.dp_size}"
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of a global batch."""
+        return self.num_microbatches * self.microbatch_samples * self.dp_size
+
+    def microbatches(self, step: int) -> list[range]:
+        """Sample numbers of each microbatch of a step (counted from 0) on this rank."""
+        first = self.first_sample + step * self.step_samples
+        starts = [
+            first + (i * self.dp_size + self.dp_rank) * self.microbatch_samples for i in range(self.num_microbatches)
+        ]
+        return [range(start, start + self.microbatch_samples) for start in starts]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step's data."""
+
+    microbatches: list[dict[str, torch.Tensor]]
+    """Each key [microbatch_samples, ...] on the loader's device."""
+    wait_ms: float
+    """How long the training loop waited for it."""
+
+
+class Loader(Protocol):
+    """Iterates over the steps of a plan once. `close` may be called at any time and more than once."""
+
+    def __iter__(self) -> Iterator[Step]: ...
+
+    def close(self) -> None: ...
+
+
+def make_loader(
+    name: str, sample: Callable[[int], Sample], plan: BatchPlan, *, device: torch.device, prefetch_steps: int = 2
+) -> Loader:
+    """The loader called `name`: "default" or "dali". Raises UserError for another name or where DALI is missing."""
+    if name == "default":
+        return ThreadLoader(sample, plan, device=device, prefetch_steps=prefetch_steps)
+    if name == "dali":
+        from remit_megatron.data.loader_dali import DaliLoader
+
+        return DaliLoader(sample, plan, device=device, prefetch_steps=prefetch_steps)
+    raise UserError(f"data.loader = '{name}': known are default, dali")
+
+
+def stack(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """Samples to one microbatch: each key gains a leading dimension. The tensors own their memory."""
+    return {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
+
+
+class ThreadLoader:
+    """Assembles steps in one thread, `prefetch_steps` ahead of the training loop."""
+
+    def __init__(
+        self, sample: Callable[[int], Sample], plan: BatchPlan, *, device: torch.device, prefetch_steps: int = 2
+    ) -> None:
+        assert prefetch_steps > 0, "prefetch_steps counts from 1"
+        self.sample = sample
+        self.plan = plan
+        self.device = device
+        self._ready: queue.Queue[Any] = queue.Queue(prefetch_steps)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._assemble, name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Step]:
+        """Raises in the training loop what `sample` raised in the thread."""
+        for _ in range(self.plan.num_steps):
+            start = time.perf_counter()
+            item = self._ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            if self.device.type == "cuda":
+                item = [{key: t.to(self.device, non_blocking=True) for key, t in batch.items()} for batch in item]
+            yield Step(item, 1e3 * (time.perf_counter() - start))
+
+    def close(self) -> None:
+        """Stop the thread; steps assembled ahead are dropped."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:  # the thread may wait for room
+                self._ready.get(timeout=0.01)
+            except queue.Empty:
+                continue
+
+    def _assemble(self) -> None:
+        try:
+            for step in range(self.plan.num_steps):
+                batches = [stack([self.sample(n) for n in numbers]) for numbers in self.plan.microbatches(step)]
+                if self.device.type == "cuda":
+                    batches = [{key: t.pin_memory() for key, t in batch.items()} for batch in batches]
+                if self._stop.is_set():
+                    return
+                self._ready.put(batches)
+        except BaseException as error:  # noqa: BLE001 - handed to the training loop, which raises it
+            self._ready.put(error)

@@ -1,0 +1,108 @@
+"""The command as a user runs it: killed at random moments, asked to stop, started twice."""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remit_megatron.config import dump_toml, parse_recipe
+from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, start, wait_for
+
+STEPS = 24
+KILLS = 10
+
+
+def recipe_file(folder: Path, run: str, **changes: Any) -> Path:
+    values: dict[str, Any] = {
+        "schedule": {"train_tokens": STEPS * SEQUENCE * SAMPLES, "warmup_tokens": 0},
+        "checkpoint": {"every_steps": 3, "keep": 2},
+        "parallel": {"tensor": 2},
+        **changes,
+    }
+    path = folder / f"{run}.toml"
+    path.write_text(dump_toml(parse_recipe(remit(folder, run, **values))))
+    return path
+
+
+def last_step(folder: Path, run: str) -> int:
+    path = folder / run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+def saving(folder: Path, run: str) -> bool:
+    return any((folder / run / "checkpoints").glob(".partial-*"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> list[dict[str, Any]]:
+    """The same recipe without interruption, with two signals instead: each stop costs nothing either."""
+    recipe, log = recipe_file(folder, "stopped"), folder / "stopped.log"
+    for number, after in ((signal.SIGTERM, 2), (signal.SIGUSR1, 7)):
+        process = start(recipe, 2, log)
+        assert wait_for(lambda at=after: last_step(folder, "stopped") >= at, process), log.read_text()
+        process.send_signal(number)
+        assert process.wait(60) == 75, log.read_text()
+        stopped = last_step(folder, "stopped")
+        assert (folder / "stopped" / "checkpoints" / "latest").read_text() == f"step-{stopped:08d}\n"
+        assert f"stopped on request after step {stopped}" in log.read_text()
+    assert start(recipe, 2, log).wait(120) == 0, log.read_text()
+
+    recipe = recipe_file(folder, "undisturbed")
+    assert start(recipe, 2, log).wait(120) == 0, log.read_text()
+    return metrics(folder, "undisturbed")
+
+
+def test_signals_save_and_stop(folder: Path, undisturbed: list[dict[str, Any]]) -> None:
+    assert metrics(folder, "stopped") == undisturbed
+
+
+def test_killed_at_random_moments(folder: Path, undisturbed: list[dict[str, Any]]) -> None:
+    """Odd kills wait for a save to be under way, even ones for a random step; all ranks die at once."""
+    recipe, log = recipe_file(folder, "killed"), folder / "killed.log"
+    checkpoints = folder / "killed" / "checkpoints"
+    chance = random.Random(5)
+    during_save = kills = 0
+    while kills < KILLS:
+        process = start(recipe, 2, log)
+        begun = last_step(folder, "killed")
+        target = min(begun + chance.randint(1, 4), STEPS - 1)
+        if kills % 2:
+            reached = wait_for(lambda: saving(folder, "killed"), process)
+        else:
+            reached = wait_for(lambda at=target: last_step(folder, "killed") >= at, process)
+        time.sleep(chance.uniform(0, 0.05))
+        if not reached:
+            break  # it ended before the moment came
+        during_save += saving(folder, "killed")
+        process.kill()
+        process.wait()
+        kills += 1
+        if (checkpoints / "latest").exists():
+            name = (checkpoints / "latest").read_text().strip()
+            assert (checkpoints / name / "meta.json").exists(), "the pointer names a partial checkpoint"
+    assert kills == KILLS, f"only {kills} kills: {log.read_text()}"
+    assert during_save >= 2, "no save was hit: the test tests nothing"
+    assert start(recipe, 2, log).wait(180) == 0, log.read_text()
+    assert metrics(folder, "killed") == undisturbed
+    assert not saving(folder, "killed")
+
+
+def test_a_second_process_on_one_run_is_refused(folder: Path) -> None:
+    recipe, log = recipe_file(folder, "twice", parallel={"tensor": 1}), folder / "twice.log"
+    first = start(recipe, 1, log)
+    try:
+        assert wait_for(lambda: last_step(folder, "twice") >= 1, first), log.read_text()
+        before = (folder / "twice" / "metrics.jsonl").read_text()
+        second_log = folder / "second.log"
+        first.send_signal(signal.SIGSTOP)  # the launcher only: its rank goes on and holds the lock
+        assert start(recipe, 1, second_log).wait(120) == 2
+        assert "is being trained by another process" in second_log.read_text()
+        assert (folder / "twice" / "metrics.jsonl").read_text().startswith(before)
+    finally:
+        first.kill()
+        first.wait()

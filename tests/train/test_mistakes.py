@@ -1,0 +1,142 @@
+"""Bad input: one clear line that names the key or the file, exit code 2, and nothing written or lost."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remit_megatron.config import dump_toml, parse_recipe
+from tests.ranks import run_ranks
+from tests.train.runs import remit, settings
+
+Case = tuple[str, str, list[str], str]
+"""Name, recipe file, overrides, what the message must contain."""
+
+
+def _cases(folder: Path) -> list[Case]:
+    base, guided = folder / "mistake.toml", folder / "mistake_remit.toml"
+    base.write_text(dump_toml(parse_recipe(settings(folder, "mistake"))))
+    guided.write_text(dump_toml(parse_recipe(remit(folder, "mistake"))))
+    broken = folder / "broken.toml"
+    broken.write_text("run = \n")
+
+    def damaged(name: str, change: Callable[[Path, Path], None]) -> str:
+        for suffix in (".bin", ".idx"):
+            shutil.copy(folder / f"train{suffix}", folder / f"{name}{suffix}")
+        change(folder / f"{name}.bin", folder / f"{name}.idx")
+        return f'data.train=[{{path="{folder / name}"}}]'
+
+    def corrupt_index(_: Path, idx: Path) -> None:
+        content = bytearray(idx.read_bytes())
+        content[40] ^= 0xFF
+        idx.write_bytes(content)
+
+    cut = damaged("cut", lambda bin_, _: os.truncate(bin_, bin_.stat().st_size - 100))
+    corrupt = damaged("corrupt", corrupt_index)
+    empty = damaged("empty", lambda _, idx: idx.write_bytes(b""))
+    wide = folder / "wide_vocabulary"
+    shutil.copytree(folder / "base", wide)
+    for meta in wide.glob("checkpoints/*/meta.json"):
+        content = json.loads(meta.read_text())
+        content["shape"]["vocab_size"] = 64
+        meta.write_text(json.dumps(content))
+    untrained = folder / "untrained"
+    shutil.copytree(folder / "base", untrained)
+    for meta in untrained.glob("checkpoints/*/meta.json"):
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "step": 0}))
+    torn = folder / "torn"
+    shutil.copytree(folder / "base", torn)
+    for shard in torn.glob("checkpoints/*/*.distcp"):
+        shard.unlink()
+    b, g = str(base), str(guided)
+    return [
+        ("no such recipe", str(folder / "none.toml"), [], "none.toml: cannot be read"),
+        ("no TOML", str(broken), [], "broken.toml: no valid TOML"),
+        ("unknown key", b, ["optimizer.peek_lr=1"], "unknown key optimizer.peek_lr, did you mean peak_lr?"),
+        ("unknown section", b, ["scheduel.x=1"], "unknown key scheduel, did you mean schedule?"),
+        ("wrong type", b, ["optimizer.peak_lr=true"], "optimizer.peak_lr"),
+        ("unknown objective", b, ["objective.name=remitt"], "did you mean remit?"),
+        ("unknown objective key", g, ["objective.epsilom=0.1"], "did you mean epsilon?"),
+        ("objective without reference", b, ["objective.name=remit"], "needs a [reference] section"),
+        ("missing dataset", b, [f'data.train=[{{path="{folder}/nowhere"}}]'], "nowhere"),
+        ("missing held-out set", b, [f'data.eval.other="{folder}/nowhere"'], "nowhere"),
+        ("truncated .bin", b, [cut], "cut.bin"),
+        ("corrupt .idx", b, [corrupt], "corrupt.idx"),
+        ("empty .idx", b, [empty], "empty.idx"),
+        ("id past the vocabulary", b, ["model.vocab_size=40"], "vocab"),
+        ("heads", b, ["parallel.tensor=3", "model.num_query_groups=4"], "does not divide by parallel.tensor"),
+        ("layers", b, ["parallel.pipeline=3"], "model.num_layers = 4 does not divide"),
+        ("sequence", b, ["parallel.context=3"], "data.sequence_length = 16 does not divide by 2 x parallel.context"),
+        ("batch", b, ["batch.global_batch_tokens=100"], "no multiple of data.sequence_length"),
+        ("microbatch", b, ["batch.microbatch_samples=3"], "do not divide by batch.microbatch_samples"),
+        ("ranks", b, ["parallel.tensor=2"], "1 ranks do not divide by"),
+        ("no reference there", g, [f'reference.path="{folder}/nowhere"'], "reference.path"),
+        ("reference with another vocabulary", g, [f'reference.path="{wide}"'], "vocabulary has 64 rows"),
+        ("untrained reference", g, [f'reference.path="{untrained}"'], "it is untrained"),
+        ("reference without weights", g, [f'reference.path="{torn}"'], "cannot be loaded"),
+        ("checkpoint of another model", b, [f'model.init="{folder}/base"'], "contradicts the checkpoint of model.init"),
+        ("run of another recipe", b, [f'run="{folder}/base"'], "holds another recipe's run (model.hidden_size = 24"),
+        ("folder that is no run", b, [f'run="{folder}"'], "exists, is not empty and holds no run"),
+        ("document centring without documents", g, ["objective.centering=document", "objective.x=1"], "objective.x"),
+        ("TE asked for and absent", b, ["model.implementation=transformer_engine"], "Transformer Engine"),
+        ("no CUDA", b, ["compute.device=cuda"], "compute.device = 'cuda'"),
+    ]
+
+
+def _run_cases(rank: int, cases: list[Case]) -> dict[str, Any]:
+    """Every case through the command's own main, in one process."""
+    from megatron.core import parallel_state
+
+    from remit_megatron.cli import main
+
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        os.environ.pop(name, None)
+    import torch.distributed as dist
+
+    dist.destroy_process_group()  # the command makes its own
+    outcomes = {}
+    for name, recipe, overrides, _ in cases:
+        stderr = io.StringIO()
+        with contextlib.redirect_stderr(stderr):
+            code = main(["train", recipe, *[part for o in overrides for part in ("--set", o)]])
+        outcomes[name] = (code, stderr.getvalue())
+        parallel_state.destroy_model_parallel()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the caller to destroy
+    return outcomes
+
+
+def _listing(folder: Path) -> dict[str, int]:
+    return {
+        str(p.relative_to(folder)): p.stat().st_size
+        for p in folder.rglob("*")
+        if p.is_file() and ".index" not in p.parts
+    }
+
+
+def test_each_mistake_is_one_line(folder: Path) -> None:
+    cases = _cases(folder)
+    before = _listing(folder)
+    (outcomes,) = run_ranks(1, _run_cases, cases)
+    problems = []
+    for name, _, _, expected in cases:
+        code, text = outcomes[name]
+        lines = [line for line in text.splitlines() if line.startswith("remit: ")]
+        if code != 2 or len(lines) != 1 or expected not in lines[0]:
+            problems.append(f"{name}: exit code {code}, expected {expected!r} in one line, got {text!r}")
+    assert not problems, "\n".join(problems)
+    assert _listing(folder) == before, "a refused run wrote something"
+
+
+def test_several_ranks_say_it_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from remit_megatron.cli import main
+
+    recipe = folder / "once.toml"
+    recipe.write_text(dump_toml(parse_recipe(settings(folder, "once"))))
+    assert main(["train", str(recipe), "--nproc", "2", "--set", "parallel.tensor=1", "--set", "run=" + str(folder)]) == 2
+    assert capfd.readouterr().err.count("remit: ") == 1
