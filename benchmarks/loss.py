@@ -1,7 +1,7 @@
 """Times the loss path against the machine's ceilings and against other implementations, side by side in one process.
 
-    python benchmarks/loss.py                     # a CUDA device; writes benchmarks/results/loss_<device>.json
-    python benchmarks/loss.py --device cpu --tokens 64 --vocab 512 --repeats 3     # does it run? not a measurement
+    python -m benchmarks.loss                      # a CUDA device; writes benchmarks/results/loss_<device>.json
+    python -m benchmarks.loss --device cpu --tokens 64 --vocab 512 --repeats 3     # does it run? not a measurement
 
 Everything is interleaved: each repeat times every item once, so that clocks and neighbours act on all alike, and a
 ratio is the median over repeats of (item / its ceiling in the same repeat). Before timing, each provider's NLL and
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss_providers import NLL, PROVIDERS, reader
 from torch import Tensor
 
+from benchmarks.loss_providers import NLL, PROVIDERS, reader
 from remit_megatron.errors import RemitError, RunError, UserError
 from remit_megatron.ops import reference
 from remit_megatron.ops.linear_nll import linear_nll

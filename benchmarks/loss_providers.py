@@ -73,6 +73,6 @@ def reader(x: Tensor) -> Callable[[], object]:
     words = x.view(-1).view(torch.int32)
     if not x.is_cuda:
         return words.amax
-    from loss_read_kernel import launch_read  # imports triton, which only a GPU needs
+    from benchmarks.loss_read_kernel import launch_read  # imports triton, which only a GPU needs
 
     return launch_read(words)

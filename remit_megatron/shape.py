@@ -57,7 +57,7 @@ class ModelShape(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Traits that a model does not have are left out, so that a checkpoint's shape does not change as traits are added."""
+        """Traits that a model lacks are left out, so that a shape on disk stays the same when traits are added."""
         fields = type(self).model_fields
         return {k: v for k, v in handler(self).items() if fields[k].is_required() or v != fields[k].default}
 
@@ -103,8 +103,8 @@ def resolve_shape(model: Model, carried: ModelShape | None = None) -> ModelShape
         for key, value in given.items():
             if value != getattr(carried, key):
                 raise UserError(
-                    f"model.{key} = {value} contradicts the checkpoint of model.init, which has {getattr(carried, key)}: "
-                    "remove the key or name another checkpoint"
+                    f"model.{key} = {value} contradicts the checkpoint of model.init, which has "
+                    f"{getattr(carried, key)}: remove the key or name another checkpoint"
                 )
         return carried
     for key in REQUIRED:
@@ -138,6 +138,11 @@ def check_layout(shape: ModelShape, parallel: Parallel, who: str) -> None:
             raise UserError(
                 f"{who}.{key} = {getattr(shape, key)} does not divide by parallel.tensor = {parallel.tensor}"
             )
+    if shape.latent is not None:
+        key_width = shape.latent.kv_lora_rank + shape.latent.qk_rope_head_dim
+        for key, width in (("q_lora_rank", shape.latent.q_lora_rank), ("kv_lora_rank + qk_rope_head_dim", key_width)):
+            if width % parallel.tensor:
+                raise UserError(f"{who}.{key} = {width} does not divide by parallel.tensor = {parallel.tensor}")
     stages = parallel.pipeline * parallel.virtual_pipeline
     if shape.num_layers % stages:
         raise UserError(

@@ -1,0 +1,1 @@
+"""Hugging Face folders: their config, tensor names and files. Nothing here imports transformers or Megatron."""

@@ -70,7 +70,8 @@ class SDPAttention(MegatronModule):
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        assert attention_bias is None and packed_seq_params is None
+        assert attention_bias is None
+        assert packed_seq_params is None
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
             out = self._attend(query, key, value, attention_mask, first=0)

@@ -39,12 +39,7 @@ def remit_weights(
         autograd. Masked entries of `nll` and `ref_nll` may hold anything; an unmasked gap that is not finite, or
         beyond 2^17 nats, makes its whole group NaN rather than quietly shifting the mean.
     """
-    assert nll.dim() == 2, f"nll must be [b, s], got {nll.shape}"
-    assert ref_nll.shape == nll.shape, f"ref_nll {ref_nll.shape} must have the shape of nll {nll.shape}"
-    assert mask is None or mask.shape == nll.shape, f"mask {mask.shape} must have the shape of nll {nll.shape}"
-    assert segment_ids is None or (segment_ids.shape == nll.shape and segment_ids.dtype == torch.int64), (
-        f"segment_ids must be int64 of shape {nll.shape}"
-    )
+    _check_shapes(nll, ref_nll, mask, segment_ids)
     assert 0.0 <= epsilon <= 1.0, f"epsilon must be in [0, 1], got {epsilon}"
 
     kept = torch.ones_like(nll, dtype=torch.bool) if mask is None else mask > 0
@@ -73,3 +68,12 @@ def remit_weights(
     if clip:
         weights = weights.clamp(1.0 - epsilon, 1.0 + epsilon)
     return torch.where(kept, weights, 0.0).float()
+
+
+def _check_shapes(nll: Tensor, ref_nll: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> None:
+    assert nll.dim() == 2, f"nll must be [b, s], got {nll.shape}"
+    assert ref_nll.shape == nll.shape, f"ref_nll {ref_nll.shape} must have the shape of nll {nll.shape}"
+    assert mask is None or mask.shape == nll.shape, f"mask {mask.shape} must have the shape of nll {nll.shape}"
+    assert segment_ids is None or (segment_ids.shape == nll.shape and segment_ids.dtype == torch.int64), (
+        f"segment_ids must be int64 of shape {nll.shape}"
+    )

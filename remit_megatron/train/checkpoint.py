@@ -39,6 +39,8 @@ class Meta:
     precision: str = "fp32"
     loggers: dict[str, str] = field(default_factory=dict)
     """Identities that external loggers need to go on in the same run."""
+    origin: dict[str, str] | None = None
+    """Where the weights were converted from; none: they were trained here."""
     format: int = FORMAT
 
     def model_shape(self) -> ModelShape:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loss.py"
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, cwd=SCRIPT.parents[1]
+        [sys.executable, "-m", "benchmarks.loss", *arguments], capture_output=True, text=True, cwd=ROOT
     )
 
 

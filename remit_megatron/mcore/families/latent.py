@@ -69,7 +69,7 @@ class LatentAttention(MLASelfAttention):
 
 
 def layer_spec(shape: ModelShape, use_te: bool) -> Any:
-    assert shape.norm_placement == "pre" and shape.qk_norm == "none"
+    assert (shape.norm_placement, shape.qk_norm) == ("pre", "none")
     if use_te:
         layer = get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=True)
     else:

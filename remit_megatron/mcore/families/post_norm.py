@@ -51,7 +51,7 @@ def followed_by_norm(linear: type) -> type:
 
 
 def layer_spec(shape: ModelShape, use_te: bool) -> Any:
-    assert shape.qk_norm == "full_width" and not shape.qkv_bias
+    assert (shape.qk_norm, shape.qkv_bias) == ("full_width", False)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention, mlp = layer.submodules.self_attention, layer.submodules.mlp.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp

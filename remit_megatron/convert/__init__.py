@@ -1,0 +1,1 @@
+"""`remit convert`: Hugging Face checkpoints in and out of this package's checkpoints."""

@@ -1,0 +1,98 @@
+"""The commands `remit convert import | export | verify | check`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from remit_megatron.errors import RunError, UserError
+
+DTYPES = ("fp32", "bf16")
+
+
+def add_parser(commands: Any) -> None:
+    """Add `convert` to the subcommands of `remit`."""
+    parser = commands.add_parser("convert", help="Hugging Face checkpoints in and out")
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+
+    one = actions.add_parser("import", help="a Hugging Face folder to a checkpoint that any layout loads")
+    one.add_argument("source", metavar="HF_FOLDER", help="folder, or a hub id org/name[@revision]")
+    one.add_argument("checkpoint", metavar="CHECKPOINT", help="new folder")
+    one.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as stored")
+    one.set_defaults(func=_import)
+
+    two = actions.add_parser("export", help="a checkpoint to a Hugging Face folder")
+    two.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
+    two.add_argument("target", metavar="HF_FOLDER", help="new folder")
+    two.add_argument("--like", required=True, metavar="HF_FOLDER", help="where config and tokenizer are taken from")
+    two.add_argument("--dtype", choices=DTYPES, help="type of the tensors; default: as stored")
+    two.add_argument("--max-shard-gb", type=float, default=5.0, help="largest safetensors file, in 1e9 bytes")
+    two.set_defaults(func=_export)
+
+    three = actions.add_parser("verify", help="float32 logits of a folder and a checkpoint; exit 1 if they differ")
+    three.add_argument("source", metavar="HF_FOLDER")
+    three.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
+    three.add_argument("--text", help="text to compare on; default: a short one")
+    three.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a logit; default 1e-3")
+    three.set_defaults(func=_verify)
+
+    four = actions.add_parser("check", help="would these two do as student and reference?")
+    four.add_argument("base", metavar="BASE", help="folder or hub id")
+    four.add_argument("reference", metavar="REFERENCE", help="folder or hub id")
+    four.set_defaults(func=_check)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from remit_megatron.convert.hub import local_folder
+    from remit_megatron.convert.importer import import_folder
+
+    import_folder(local_folder(arguments.source, "HF_FOLDER"), Path(arguments.checkpoint), _dtype(arguments.dtype))
+    print(f"{arguments.checkpoint}: converted from {arguments.source}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from remit_megatron.convert.exporter import export_checkpoint
+    from remit_megatron.convert.hub import local_folder
+
+    export_checkpoint(
+        arguments.checkpoint,
+        Path(arguments.target),
+        local_folder(arguments.like, "--like"),
+        _dtype(arguments.dtype),
+        int(arguments.max_shard_gb * 1e9),
+    )
+    print(f"{arguments.target}: written from {arguments.checkpoint}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from remit_megatron.convert.hub import local_folder
+    from remit_megatron.convert.verify import TEXT, compare_logits
+
+    folder = local_folder(arguments.source, "HF_FOLDER")
+    agreement = compare_logits(folder, arguments.checkpoint, arguments.text or TEXT)
+    print(agreement)
+    if not agreement.largest <= arguments.tolerance:  # also for NaN
+        raise RunError(f"{arguments.checkpoint}: logits differ by more than {arguments.tolerance:g} from {folder}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from remit_megatron.convert.hub import local_folder
+    from remit_megatron.convert.verify import check_pair
+
+    pair = check_pair(local_folder(arguments.base, "BASE"), local_folder(arguments.reference, "REFERENCE"))
+    for line in pair.notes:
+        print(f"note   {line}")
+    for line in pair.wrong:
+        print(f"wrong  {line}")
+    if pair.wrong:
+        raise UserError(f"{arguments.reference} does not do as a reference for {arguments.base}: see above")
+    print(f"{arguments.reference} does as a reference for {arguments.base}")
+    return 0

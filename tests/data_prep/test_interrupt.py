@@ -1,0 +1,229 @@
+"""Whatever stops a run, the same command ends with the same bytes."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from data_prep.tokenize import TokenizeSettings, tokenize
+from remit_megatron.data.manifest import quick_verify
+from remit_megatron.errors import RunError, UserError
+from tests.data_prep.conftest import our_files
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
+    """A plain file, a compressed one and bad lines between."""
+    import gzip
+
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in documents]
+    lines[10:10] = [b"bad\n"] * 3
+    (folder / "a.jsonl").write_bytes(b"".join(lines))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[::-1])))
+    return folder
+
+
+def settings(corpus: Path, tokenizer: Path, output: Path, workers: int = 1) -> TokenizeSettings:
+    return TokenizeSettings(
+        inputs=[str(corpus)], tokenizer=str(tokenizer), output=str(output), workers=workers, append_eod=True,
+        task_bytes=20_000, part_bytes=10_000,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_dirs: dict[str, Path]) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "data"
+    tokenize(settings(corpus, tokenizer_dirs["olmo2"], output))
+    return output
+
+
+def assert_same(output: Path, undisturbed: Path) -> None:
+    assert our_files(output) == our_files(undisturbed)
+    for ending in (".manifest.json", ".bad.jsonl"):
+        assert Path(f"{output}{ending}").read_bytes() == Path(f"{undisturbed}{ending}").read_bytes()
+    assert sorted(path.name for path in output.parent.iterdir()) == sorted(p.name for p in undisturbed.parent.iterdir())
+
+
+def child(action: Callable[[], object], delay: float | None) -> int:
+    """Run in a forked process, kill -9 its whole session after `delay` seconds. Returns its exit code or -9."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.setsid()
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_kill_at_random_moments(
+    tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str, Path], undisturbed: Path
+) -> None:
+    """20 kills of one run and of fresh ones; some hit a parent whose two workers live on for a moment."""
+    what = settings(corpus, tokenizer_dirs["olmo2"], tmp_path / "data")
+    start = time.monotonic()
+    assert child(lambda: tokenize(what), None) == 0
+    whole = time.monotonic() - start
+    assert_same(tmp_path / "data", undisturbed)
+    generator, kills, finished = random.Random(3), 0, 0
+    while kills < 20:
+        if Path(f"{tmp_path}/data.idx").exists():
+            assert_same(tmp_path / "data", undisturbed)
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
+        workers = 2 if kills % 10 == 9 else 1
+        action = settings(corpus, tokenizer_dirs["olmo2"], tmp_path / "data", workers)
+        ended = child(
+            lambda action=action: tokenize(action), generator.uniform(0.1, 1.1) * whole * (3 if workers > 1 else 1)
+        )  # type: ignore[misc]
+        assert ended in (0, -9)
+        kills += ended == -9
+        finished += ended == 0
+    time.sleep(0.2)
+    tokenize(what)
+    assert_same(tmp_path / "data", undisturbed)
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3, 5, 9, -6, -5, -4, -3, -2, -1])
+def test_kill_before_each_rename(
+    moment: int, tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str, Path], undisturbed: Path
+) -> None:
+    """Renames are where state changes; negative moments count from the end, which is the publication."""
+    what = settings(corpus, tokenizer_dirs["olmo2"], tmp_path / "data")
+
+    def die_at(target: int | None) -> None:
+        count, real = 0, os.replace
+
+        def replace(*arguments: object) -> None:
+            nonlocal count
+            count += 1
+            if count == target:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*arguments)  # type: ignore[arg-type]
+
+        os.replace = replace  # type: ignore[assignment]
+        tokenize(what)
+        (tmp_path / "count").write_text(str(count))
+
+    if moment < 0:
+        assert child(lambda: die_at(None), None) == 0
+        moment += int((tmp_path / "count").read_text()) + 1
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+    assert child(lambda: die_at(moment), None) == -9
+    if Path(f"{tmp_path}/data.idx").exists():  # then it is whole
+        quick_verify(f"{tmp_path}/data")
+    tokenize(what)
+    assert_same(tmp_path / "data", undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 640 KiB, less than the run needs."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "none", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no right to mount a small file system here: {made.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_disk_full(
+    workers: int, small_disk: Path, corpus: Path, tokenizer_dirs: dict[str, Path], undisturbed: Path
+) -> None:
+    what = settings(corpus, tokenizer_dirs["olmo2"], small_disk / "data", workers)
+    with pytest.raises(RunError, match="No space left on device: free space there, then start the same command again"):
+        tokenize(what)
+    kept = {path: path.read_bytes() for path in Path(f"{small_disk}/data.parts").glob("*.part")}
+    assert kept
+    with pytest.raises(RunError, match="No space left"):
+        tokenize(what)
+    assert all(path.read_bytes() == content for path, content in kept.items() if path.exists())
+    assert not (small_disk / "data.idx").exists()
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    tokenize(what)
+    assert_same(small_disk / "data", undisturbed)
+
+
+def test_file_size_limit(tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str, Path], undisturbed: Path) -> None:
+    """As a full disk or a quota, but possible without rights: the system refuses to let a file grow."""
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        try:
+            tokenize(settings(corpus, tokenizer_dirs["olmo2"], tmp_path / "data"))
+        except RunError as error:
+            os._exit(7 if "cannot be written: File too large" in str(error) else 8)
+
+    assert child(limited, None) == 7
+    tokenize(settings(corpus, tokenizer_dirs["olmo2"], tmp_path / "data"))
+    assert_same(tmp_path / "data", undisturbed)
+
+
+def test_second_run_is_refused(tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    import fcntl
+
+    what = settings(corpus, tokenizer_dirs["olmo2"], tmp_path / "data")
+    (tmp_path / "data.parts").mkdir()
+    with open(tmp_path / "data.parts" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run works on it"):
+            tokenize(what)
+
+
+def test_killed_worker_is_reported(
+    tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str, Path], undisturbed: Path
+) -> None:
+    what = settings(corpus, tokenizer_dirs["olmo2"], tmp_path / "data", workers=2)
+    before = set(multiprocessing.active_children())
+
+    def kill_one() -> None:
+        while not (new := set(multiprocessing.active_children()) - before):
+            time.sleep(0.01)
+        os.kill(new.pop().pid or 0, signal.SIGKILL)
+
+    import threading
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(RunError, match="a worker process ended with -9"):
+        tokenize(what)
+    killer.join()
+    tokenize(what)
+    assert_same(tmp_path / "data", undisturbed)
+
+
+def test_interrupt_from_the_keyboard(
+    tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str, Path], undisturbed: Path
+) -> None:
+    """The command line, stopped with SIGTERM, then resumed by another process."""
+    command = [sys.executable, "-m", "data_prep.cli", "data", "tokenize", str(corpus), "--append-eod", "--workers", "1"]
+    command += ["--tokenizer", str(tokenizer_dirs["olmo2"]), "--output", str(tmp_path / "data")]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(1.0)
+    first.terminate()
+    first.wait()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert our_files(tmp_path / "data") == our_files(undisturbed)

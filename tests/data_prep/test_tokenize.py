@@ -1,0 +1,351 @@
+"""Tokens equal the Hugging Face tokenizer's, bytes equal Megatron's builder's, whatever the format or workers."""
+
+import gzip
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from tokenizers import Tokenizer
+
+from data_prep.merge import merge
+from data_prep.tokenize import TokenizeSettings, tokenize
+from remit_megatron.data.indexed import open_index
+from remit_megatron.data.manifest import Manifest, fingerprint
+from remit_megatron.errors import UserError
+from tests.data_prep.conftest import megatron_files, our_files
+from tests.data_prep.tokenizers import EOD, KINDS
+
+BACKEND = {"youtu": "tokenizers", "nfc": "tokenizers"}
+"""gigatoken knows no such split, and its NFC differs on characters of newer Unicode versions; else it is exact."""
+
+
+def run(inputs: list[Path] | Path, folder: Path, output: Path, **settings: object) -> Manifest:
+    names = [str(path) for path in (inputs if isinstance(inputs, list) else [inputs])]
+    defaults: dict[str, object] = {"workers": 1, "append_eod": True}
+    return tokenize(
+        TokenizeSettings(inputs=names, tokenizer=str(folder), output=str(output), **(defaults | settings))  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity(
+    kind: str,
+    tmp_path: Path,
+    tokenizer_dirs: dict[str, Path],
+    reference_ids: dict[str, list[np.ndarray]],
+    write_jsonl: Callable[..., Path],
+) -> None:
+    """Every document of the corpus, hostile ones among them, through small pieces that cut the file anywhere."""
+    manifest = run(write_jsonl(tmp_path / "in.jsonl"), tokenizer_dirs[kind], tmp_path / "ours", task_bytes=5003)
+    vocab_size = Tokenizer.from_file(str(tokenizer_dirs[kind] / "tokenizer.json")).get_vocab_size()
+    assert our_files(tmp_path / "ours") == megatron_files(tmp_path / "theirs", reference_ids[kind], vocab_size)
+    assert manifest.provenance["backend"].split()[0] == BACKEND.get(kind, "gigatoken")
+    assert manifest.largest_id == max(int(ids.max()) for ids in reference_ids[kind])
+    assert manifest.eod_id == reference_ids[kind][0][-1]
+
+
+def test_both_backends_agree(tmp_path: Path, tokenizer_dirs: dict[str, Path], write_jsonl: Callable[..., Path]) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", ascii_only=True)
+    fast = run(path, tokenizer_dirs["olmo2"], tmp_path / "fast", backend="gigatoken")
+    slow = run(path, tokenizer_dirs["olmo2"], tmp_path / "slow", backend="tokenizers")
+    assert fingerprint(fast) == fingerprint(slow)
+    with pytest.raises(UserError, match="--backend gigatoken: gigatoken cannot load"):
+        run(path, tokenizer_dirs["youtu"], tmp_path / "other", backend="gigatoken")
+
+
+@pytest.fixture(scope="module")
+def plain(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_dirs: dict[str, Path], write_jsonl: Callable[..., Path]
+) -> tuple[Path, Path]:
+    """(the corpus as JSON lines, the dataset made of it in one piece by one worker)."""
+    folder = tmp_path_factory.mktemp("plain")
+    path = write_jsonl(folder / "in.jsonl")
+    run(path, tokenizer_dirs["olmo2"], folder / "data")
+    return path, folder / "data"
+
+
+@pytest.mark.parametrize("task_bytes", [1, 1777, 100_000])
+def test_pieces_do_not_matter(
+    task_bytes: int, tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[Path, Path]
+) -> None:
+    """Cuts fall on, before and after line ends: with pieces of one byte, everywhere."""
+    text = plain[0].read_bytes()
+    small = tmp_path / "in.jsonl"
+    small.write_bytes(text if task_bytes > 1 else b"\n".join(text.split(b"\n")[:12]) + b"\n")
+    if task_bytes > 1:
+        run(small, tokenizer_dirs["olmo2"], tmp_path / "data", task_bytes=task_bytes, part_bytes=1)
+        assert our_files(tmp_path / "data") == our_files(plain[1])
+    else:
+        run(small, tokenizer_dirs["olmo2"], tmp_path / "one")
+        run(small, tokenizer_dirs["olmo2"], tmp_path / "data", task_bytes=max(1, small.stat().st_size // 200))
+        assert our_files(tmp_path / "data") == our_files(tmp_path / "one")
+
+
+def test_workers_do_not_matter(tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[Path, Path]) -> None:
+    """Bytes and manifest are those of one worker."""
+    run(plain[0], tokenizer_dirs["olmo2"], tmp_path / "data", workers=3, task_bytes=20_000)
+    assert our_files(tmp_path / "data") == our_files(plain[1])
+    assert Path(f"{tmp_path}/data.manifest.json").read_text() == Path(f"{plain[1]}.manifest.json").read_text()
+    assert not Path(f"{tmp_path}/data.parts").exists()
+
+
+def compressed(path: Path, text: bytes, kind: str) -> Path:
+    """With two frames or members, which a reader must read across."""
+    half = len(text) // 2
+    if kind == "gz":
+        path.write_bytes(gzip.compress(text[:half]) + gzip.compress(text[half:]))
+    else:
+        compressor = zstandard.ZstdCompressor(write_checksum=True)
+        path.write_bytes(compressor.compress(text[:half]) + zstandard.ZstdCompressor().compress(text[half:]))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_compressed(kind: str, tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[Path, Path]) -> None:
+    path = compressed(tmp_path / f"in.jsonl.{kind}", plain[0].read_bytes(), kind)
+    run(path, tokenizer_dirs["olmo2"], tmp_path / "data", part_bytes=10_000)
+    assert our_files(tmp_path / "data") == our_files(plain[1])
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        run(path, tokenizer_dirs["olmo2"], tmp_path / "cut")
+
+
+@pytest.mark.parametrize("column", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary()])
+def test_parquet(
+    column: pyarrow.DataType,
+    tmp_path: Path,
+    tokenizer_dirs: dict[str, Path],
+    documents: list[str],
+    plain: tuple[Path, Path],
+) -> None:
+    table = pyarrow.table({"n": range(len(documents)), "body": pyarrow.array(documents, pyarrow.string()).cast(column)})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=150)
+    run(tmp_path / "in.parquet", tokenizer_dirs["olmo2"], tmp_path / "data", text_key="body", part_bytes=1)
+    assert our_files(tmp_path / "data") == our_files(plain[1])
+    with pytest.raises(UserError, match=r"no column 'text'.*n, body"):
+        run(tmp_path / "in.parquet", tokenizer_dirs["olmo2"], tmp_path / "other")
+
+
+def test_saved_dataset(
+    tmp_path: Path, tokenizer_dirs: dict[str, Path], documents: list[str], plain: tuple[Path, Path]
+) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": documents}).save_to_disk(str(tmp_path / "saved"))
+    run(tmp_path / "saved", tokenizer_dirs["olmo2"], tmp_path / "data", task_bytes=30_000)
+    assert our_files(tmp_path / "data") == our_files(plain[1])
+
+
+def test_streamed_dataset(tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[Path, Path]) -> None:
+    """What `hf:` opens from the hub is opened here from a folder, by the same call."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    lines = plain[0].read_text(encoding="utf-8").split("\n")
+    for number, start in enumerate(range(0, len(lines), 200)):
+        part = "\n".join(lines[start : start + 200])
+        (folder / f"train-{number}.jsonl").write_text(part, encoding="utf-8", newline="")
+    name = f"hf:{folder}:train"
+    tokenize(
+        TokenizeSettings(
+            inputs=[name],
+            tokenizer=str(tokenizer_dirs["olmo2"]),
+            output=str(tmp_path / "data"),
+            workers=1,
+            append_eod=True,
+        )
+    )
+    assert our_files(tmp_path / "data") == our_files(plain[1])
+
+
+def test_folders_globs_and_order(tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[Path, Path]) -> None:
+    lines = plain[0].read_bytes().splitlines(keepends=True)
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "a.jsonl").write_bytes(b"".join(lines[:100]))
+    compressed(tmp_path / "in" / "b.jsonl.gz", b"".join(lines[100:200]), "gz")
+    (tmp_path / "in" / "deep" / "c.jsonl").write_bytes(b"".join(lines[200:]))
+    (tmp_path / "in" / "readme.rst").write_text("not data")
+    run(tmp_path / "in", tokenizer_dirs["olmo2"], tmp_path / "folder")
+    run(tmp_path / "in" / "**" / "*.jsonl*", tokenizer_dirs["olmo2"], tmp_path / "glob")
+    assert our_files(tmp_path / "folder") == our_files(tmp_path / "glob") == our_files(plain[1])
+    with pytest.raises(UserError, match="named twice"):
+        run([tmp_path / "in", tmp_path / "in" / "a.jsonl"], tokenizer_dirs["olmo2"], tmp_path / "twice")
+    for name, message in (("*.none", "no such file"), ("readme.rst", "unknown ending")):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "in" / name, tokenizer_dirs["olmo2"], tmp_path / "other")
+
+
+def test_plain_text(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """A file is a document, or a line is; a BOM at the start is no text, one elsewhere is."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_dirs["olmo2"] / "tokenizer.json"))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst line\r\n\r\nsecond \xef\xbb\xbf line")
+    (tmp_path / "b.txt").write_bytes(b"\n")
+    (tmp_path / "c.txt").write_bytes(b"")
+    run([tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt"], tokenizer_dirs["olmo2"], tmp_path / "files")
+    files = open_index(tmp_path / "files")
+    assert tokenizer.decode(files.document(0)[:-1]) == "first line\r\n\r\nsecond \ufeff line"
+    assert (files.num_documents, tokenizer.decode(files.document(1)[:-1])) == (2, "\n")
+    run(tmp_path / "a.txt", tokenizer_dirs["olmo2"], tmp_path / "lines", text_lines=True)
+    lines = open_index(tmp_path / "lines")
+    texts = [tokenizer.decode(lines.document(n)[:-1]) for n in range(lines.num_documents)]
+    assert texts == ["first line", "second \ufeff line"]
+
+
+def test_shards_and_merge(tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[Path, Path]) -> None:
+    prefixes = []
+    for index in range(3):
+        prefixes.append(str(tmp_path / f"data-{index}-of-3"))
+        run(plain[0], tokenizer_dirs["olmo2"], Path(prefixes[-1]), shard=(index, 3), task_bytes=9000)
+    merge(prefixes, str(tmp_path / "data"))
+    assert our_files(tmp_path / "data") == our_files(plain[1])
+    for some in (prefixes[:2], prefixes[::-1]):
+        with pytest.raises(UserError, match="0/3 to 2/3 in this order"):
+            merge(some, str(tmp_path / "other"))
+    with pytest.raises(UserError, match="use 1 shards or fewer"):
+        run(plain[0], tokenizer_dirs["olmo2"], tmp_path / "x", shard=(0, 9))
+
+
+def test_bad_documents_are_put_aside(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """Good lines around each bad one survive; every bad one is recorded with where it begins."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_dirs["olmo2"] / "tokenizer.json"))
+    bad = {
+        b'{"text": "cut': "no valid JSON",
+        b'{"text": "\xff\xfe"}': "no valid JSON",
+        b'{"text": "\\ud800"}': "no valid JSON",
+        b'{"other": "x"}': "no key 'text'",
+        b'{"text": null}': "holds null",
+        b'{"text": 7}': "holds int",
+        b'["text"]': "a JSON list",
+        b'{"text": "' + b"x" * (1 << 20) + b'"}': "longer than 1,048,576 bytes",
+    }
+    lines, offsets, texts = [b"\xef\xbb\xbf" + b'{"text": "first"}'], [], ["first"]
+    for number, line in enumerate(bad):
+        offsets.append(sum(len(part) + 1 for part in lines))
+        lines += [line, b'  {"text": "good %d"} \r' % number, b"", b'{"text": ""}']
+        texts.append(f"good {number}")
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    for workers, task_bytes in ((1, 1 << 20), (1, 40)):
+        output = tmp_path / f"data-{task_bytes}"
+        settings = dict(max_document_mib=1, task_bytes=task_bytes if task_bytes > 40 else 100_000, part_bytes=1)
+        manifest = run(tmp_path / "in.jsonl", tokenizer_dirs["olmo2"], output, workers=workers, **settings)
+        data = open_index(output)
+        assert [tokenizer.decode(data.document(n)[:-1]) for n in range(data.num_documents)] == texts
+        records = [json.loads(line) for line in Path(f"{output}.bad.jsonl").read_text().splitlines()]
+        assert [record["byte"] for record in records] == offsets
+        assert all(reason in record["reason"] for record, reason in zip(records, bad.values(), strict=True))
+        assert (manifest.provenance["bad"], manifest.provenance["empty"]) == (len(bad), len(bad))
+
+
+def test_max_bad(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """Too many stop the run; the same command with a higher limit goes on, and nothing half-made is seen before."""
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "good"}\nbad\n' * 50)
+    with pytest.raises(
+        UserError, match=r"in.jsonl: \d+ documents could not be read, --max-bad allows 10.*at byte 17: no"
+    ):
+        run(tmp_path / "in.jsonl", tokenizer_dirs["olmo2"], tmp_path / "data", max_bad=10, task_bytes=64)
+    assert not Path(f"{tmp_path}/data.idx").exists()
+    manifest = run(tmp_path / "in.jsonl", tokenizer_dirs["olmo2"], tmp_path / "data", max_bad=50, task_bytes=64)
+    assert (manifest.num_documents, manifest.provenance["bad"]) == (50, 50)
+
+
+def test_rows_that_are_no_text(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    column = pyarrow.array([b"one", None, b"\xff", b"", b"two"], pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet", row_group_size=2)
+    manifest = run(tmp_path / "in.parquet", tokenizer_dirs["olmo2"], tmp_path / "data")
+    records = [json.loads(line) for line in Path(f"{tmp_path}/data.bad.jsonl").read_text().splitlines()]
+    assert [(r["piece"], r["row"], r["reason"].split(" at")[0]) for r in records] == [
+        (0, 1, "null, not a string"),
+        (1, 0, "invalid UTF-8"),
+    ]
+    assert (manifest.num_documents, manifest.provenance["empty"]) == (2, 1)
+
+
+def test_refusals(tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[Path, Path]) -> None:
+    folder = tokenizer_dirs["olmo2"]
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    cases: list[tuple[dict[str, object], str]] = [
+        (dict(folder=tmp_path / "none"), "no such file"),
+        (dict(folder=tmp_path / "bad.json"), "no tokenizer"),
+        (dict(eod_token="<nope>"), "'<nope>' is no token.*<.endoftext"),
+        (dict(folder=folder / "tokenizer.json", vocab_size=10), "--vocab-size 10 is smaller than the 496 ids"),
+        (dict(inputs=tmp_path / "empty.jsonl"), "every file is empty"),
+        (dict(inputs=tmp_path / "blank.jsonl"), "no token to write"),
+    ]
+    for change, message in cases:
+        with pytest.raises(UserError, match=message):
+            run(**({"inputs": plain[0], "folder": folder, "output": tmp_path / "data"} | change))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="exists already"):
+        run(plain[0], folder, plain[1])
+
+
+def test_overwrite_and_changed_plan(
+    tmp_path: Path, tokenizer_dirs: dict[str, Path], write_jsonl: Callable[..., Path]
+) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", ["one", "two"])
+    run(path, tokenizer_dirs["olmo2"], tmp_path / "data")
+    first = our_files(tmp_path / "data")
+    write_jsonl(path, ["three"])
+    run(path, tokenizer_dirs["olmo2"], tmp_path / "data", overwrite=True)
+    assert our_files(tmp_path / "data") != first
+    path.write_text('{"text": "a"}\nbad\n')
+    with pytest.raises(UserError, match="max-bad"):
+        run(path, tokenizer_dirs["olmo2"], tmp_path / "new", max_bad=0)
+    for change in (dict(append_eod=False), dict(folder=tokenizer_dirs["gpt2"]), dict(text_key="id")):
+        with pytest.raises(UserError, match="belongs to an unfinished run of another kind"):
+            run(**({"inputs": path, "folder": tokenizer_dirs["olmo2"], "output": tmp_path / "new"} | change))  # type: ignore[arg-type]
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="the input files or their division differ"):
+        run(path, tokenizer_dirs["olmo2"], tmp_path / "new")
+
+
+def test_vocabulary_of_the_model_decides_the_dtype(
+    tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[Path, Path]
+) -> None:
+    manifest = run(plain[0], tokenizer_dirs["olmo2"], tmp_path / "data", vocab_size=100352)
+    assert (manifest.dtype, manifest.vocab_size) == ("int32", 100352)
+    assert np.array_equal(open_index(tmp_path / "data").tokens, open_index(plain[1]).tokens)
+
+
+def test_without_eod(
+    tmp_path: Path,
+    tokenizer_dirs: dict[str, Path],
+    reference_ids: dict[str, list[np.ndarray]],
+    plain: tuple[Path, Path],
+) -> None:
+    manifest = run(plain[0], tokenizer_dirs["olmo2"], tmp_path / "data", append_eod=False)
+    assert manifest.eod_id is None
+    expected = np.concatenate([ids[:-1] for ids in reference_ids["olmo2"]])
+    assert np.array_equal(open_index(tmp_path / "data").tokens, expected)
+
+
+def test_random_line_lengths_with_many_cuts(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """Every document is numbered, so that a lost, doubled or moved one shows."""
+    generator = random.Random(5)
+    lines = io.BytesIO()
+    for number in range(150):
+        lines.write(json.dumps({"text": f"{number} " + "x" * generator.randint(0, 60)}).encode() + b"\n")
+    (tmp_path / "in.jsonl").write_bytes(lines.getvalue())
+    tokenizer = Tokenizer.from_file(str(tokenizer_dirs["gpt2"] / "tokenizer.json"))
+    for task_bytes in (50, 64):
+        output = tmp_path / f"data{task_bytes}"
+        run(tmp_path / "in.jsonl", tokenizer_dirs["gpt2"], output, task_bytes=task_bytes)
+        data = open_index(output)
+        numbers = [int(tokenizer.decode(data.document(n)[:-1]).split()[0]) for n in range(data.num_documents)]
+        assert numbers == list(range(150))
+
+
+def test_special_tokens_in_text_are_those_tokens(
+    tmp_path: Path, tokenizer_dirs: dict[str, Path], write_jsonl: Callable[..., Path]
+) -> None:
+    """As in the Hugging Face tokenizer: EOD written in a text becomes EOD."""
+    path = write_jsonl(tmp_path / "in.jsonl", [f"a{EOD}b"])
+    run(path, tokenizer_dirs["olmo2"], tmp_path / "data")
+    assert np.count_nonzero(open_index(tmp_path / "data").tokens == 0) == 2

@@ -1,0 +1,97 @@
+"""What the forward step refuses: configurations that Megatron accepts and computes wrongly, or that it cannot serve."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from remit_megatron.config import Parallel
+from remit_megatron.errors import UserError
+from remit_megatron.mcore.platform import activate
+from remit_megatron.objectives import NTP, Remit
+from tests.mcore.harness import BUILD, STUDENT, leave_layout
+from tests.ranks import run_ranks
+
+
+def refusals(rank: int) -> dict[str, str]:
+    """Each case's message."""
+    activate("cpu")
+    import dataclasses
+
+    from megatron.core.models.gpt import GPTModel
+
+    from remit_megatron.mcore.groups import initialize_groups
+    from remit_megatron.mcore.loss_hook import RemitGPTModel
+    from remit_megatron.mcore.model import local_layer_spec, make_config
+    from remit_megatron.mcore.step import make_forward_step, run_schedule
+
+    initialize_groups(Parallel(), seed=1)
+    text = torch.randint(61, (2, 17))
+    batch = {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": torch.ones(2, 16)}
+    good = make_config(STUDENT, Parallel(), BUILD)
+
+    def build(cls: Any, **changes: Any) -> Any:
+        return cls(dataclasses.replace(good, **changes), local_layer_spec(), 61, 16, position_embedding_type="rope")
+
+    def step(model: Any, objective: Any) -> None:
+        run_schedule(make_forward_step(objective), [batch], [model], forward_only=True)
+
+    found = {}
+    cases = {
+        "mtp": lambda: build(RemitGPTModel, mtp_num_layers=1),
+        "moe": lambda: build(RemitGPTModel, num_moe_experts=2, num_layers=4),
+        "mean": lambda: step(build(RemitGPTModel, calculate_per_token_loss=False), NTP()),
+        "plain model": lambda: step(build(GPTModel), NTP()),
+        "no reference": lambda: step(build(RemitGPTModel), Remit()),
+    }
+    for name, case in cases.items():
+        try:
+            case()
+            found[name] = "accepted"
+        except UserError as error:
+            found[name] = str(error)
+    leave_layout()
+    return found
+
+
+EXPECTED = {
+    "mtp": "multi-token prediction (mtp_num_layers) is not supported",
+    "moe": "mixture of experts (num_moe_experts) is not supported",
+    "mean": "calculate_per_token_loss must be True",
+    "plain model": "must be a remit_megatron.mcore.RemitGPTModel, got GPTModel",
+    "no reference": "objective 'remit' needs ref_nll",
+}
+
+
+def test_refusals_name_the_cause() -> None:
+    (found,) = run_ranks(1, refusals)
+    for name, message in EXPECTED.items():
+        assert message in found[name], f"{name}: {found[name]}"
+
+
+def two_stages(rank: int) -> list[str]:
+    activate("cpu")
+    import dataclasses
+
+    from remit_megatron.mcore.groups import initialize_groups
+    from remit_megatron.mcore.model import build_chunks
+    from remit_megatron.mcore.step import make_forward_step
+
+    parallel = Parallel(pipeline=2, virtual_pipeline=2)
+    groups = initialize_groups(parallel, seed=1)
+    chunks, config = build_chunks(STUDENT, parallel, BUILD, max_sequence_length=16)
+    step = make_forward_step(NTP(), groups=groups)
+    wrong = dataclasses.replace(config, overlap_p2p_comm=False, batch_p2p_comm=True)
+    messages = []
+    for chunk in chunks:
+        chunk.config = wrong
+        with pytest.raises(UserError) as caught:
+            step(iter([{"tokens": torch.zeros(1, 16, dtype=torch.int64)}]), chunk)
+        messages.append(str(caught.value))
+    leave_layout()
+    return messages
+
+
+def test_two_interleaved_stages_over_batched_p2p() -> None:
+    for messages in run_ranks(2, two_stages):
+        assert all("overlap_p2p_comm=True and batch_p2p_comm=False" in message for message in messages)
