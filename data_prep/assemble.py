@@ -17,7 +17,7 @@ import numpy as np
 from data_prep.parts import Footer, part_path, read_footer
 from data_prep.worker import too_many_bad
 from data_prep.writer import BlockHasher, publish, write_index
-from remit_megatron.data.files import write_atomically, writing
+from remit_megatron.data.files import close_quietly, write_atomically, writing
 from remit_megatron.data.manifest import Manifest, tool_name
 from remit_megatron.errors import RunError, UserError
 
@@ -137,8 +137,9 @@ class Assembler:
         self._uncertain, self._uncertain_bytes = [], 0
 
     def close(self) -> None:
+        """Close the files. What no checkpoint made certain may be lost, and is written again by the next start."""
         for file in self._files.values():
-            file.close()
+            close_quietly(file)
 
     def commit(self, prefix: str, identity: dict[str, Any]) -> Manifest:
         """Write .idx and the manifest, and publish all under `prefix`. Raises UserError where there is no token.

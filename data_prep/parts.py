@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from remit_megatron.data.files import fsync_folder, writing
+from remit_megatron.data.files import close_quietly, fsync_folder, writing
 from remit_megatron.errors import RunError
 
 MAGIC = b"RMTPART1"
@@ -91,10 +91,8 @@ class PartWriter:
 
     def abandon(self) -> None:
         """Delete the temporary file, where there still is one."""
-        try:
-            self._file.close()
-        finally:  # closing flushes, which a full disk refuses
-            self._temporary.unlink(missing_ok=True)
+        close_quietly(self._file)
+        self._temporary.unlink(missing_ok=True)
 
 
 def part_path(folder: Path, task: int, number: int) -> Path:

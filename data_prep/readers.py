@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -19,7 +20,10 @@ LARGE_LINE_BYTES = 4 << 20
 PIECE_BYTES = 1 << 20
 EXCERPT_BYTES = 400
 BOM = b"\xef\xbb\xbf"
-HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
+ESCAPED = re.compile(
+    rb"(?:[^\\]++|\\[^u]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4})*+"
+)
+"""Whole characters of a JSON string; a surrogate pair is one, half of it is none."""
 
 
 @dataclass(slots=True)
@@ -253,19 +257,17 @@ def parse_large_line(line: bytes, text_key: str) -> str | bytes:
     Long strings are cut out of the line before it is parsed, and the one wanted is unescaped piece by piece.
     """
     spans = _long_strings(line)
+    mark = secrets.token_hex(16)  # no text holds it
     shrunk, last = bytearray(), 0
     for number, (start, end) in enumerate(spans):
-        shrunk += line[last:start] + b"\\u0000%d\\u0000" % number  # no text begins so by chance: see the check below
+        shrunk += line[last:start] + f"{mark}{number}".encode()
         last = end
     shrunk += line[last:]
     try:
         text = _text_of(orjson.loads(shrunk), text_key)
-        if not (text.startswith("\0") and text.endswith("\0") and text[1:-1].isdigit()):
+        if not text.startswith(mark):
             return text
-        number = int(text[1:-1])
-        if number >= len(spans) or len(text) > 20:
-            return text
-        return _unescape(memoryview(line)[slice(*spans[number])])
+        return _unescape(memoryview(line)[slice(*spans[int(text.removeprefix(mark))])])
     except orjson.JSONDecodeError as error:
         raise BadDocument(f"no valid JSON: {error.msg}") from None
 
@@ -303,18 +305,13 @@ def _unescape(raw: memoryview) -> bytes:
 
 def _safe_cut(raw: memoryview, start: int, target: int) -> int:
     """The last position in (start, target] between two characters, escaped or not, and between no surrogate pair."""
-    if target == len(raw):
-        return target
-    for cut in range(target, start, -1):
-        if raw[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
-            continue
-        before = bytes(raw[max(start, cut - 12) : cut])
-        if b"\\" not in before:
-            return cut
-        # An even number of backslashes before an escape, which is not the second half of a surrogate pair.
-        if raw[cut] == 0x5C and before[-1:] != b"\\" and not HIGH_SURROGATE.search(before):
-            return cut
-    raise BadDocument("an escape sequence without end")
+    whole = ESCAPED.match(raw, start, target)
+    end = whole.end() if whole else start
+    while end < len(raw) and raw[end] & 0xC0 == 0x80:  # inside a UTF-8 character
+        end -= 1
+    if end <= start:
+        raise BadDocument("an invalid escape sequence")
+    return end
 
 
 # Whole files and tables

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from remit_megatron.data.files import fsync_folder, writing
+from remit_megatron.data.files import close_quietly, fsync_folder, writing
 from remit_megatron.data.indexed import bin_path, dtype_for, header, idx_path
 from remit_megatron.data.manifest import BLOCK_BYTES, Manifest, manifest_path, tool_name
 from remit_megatron.errors import UserError
@@ -139,7 +139,7 @@ class DatasetWriter:
     def abandon(self) -> None:
         """Close and delete what was written so far."""
         for file, path in ((self._bin, self.bin_part), (self._len, self.len_part)):
-            file.close()
+            close_quietly(file)
             path.unlink(missing_ok=True)
 
 

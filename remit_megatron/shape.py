@@ -59,7 +59,9 @@ class ModelShape(BaseModel):
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Traits that a model lacks are left out, so that a shape on disk stays the same when traits are added."""
         fields = type(self).model_fields
-        return {k: v for k, v in handler(self).items() if fields[k].is_required() or v != fields[k].default}
+        kept = {k: v for k, v in handler(self).items() if fields[k].is_required() or v != fields[k].default}
+        # As JSON reads it back, so that the two compare equal.
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
     def attention_parameters(self) -> int:
         """Weights of one layer's attention, its own norms included."""

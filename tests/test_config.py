@@ -112,7 +112,17 @@ def test_fingerprint_follows_what_is_computed() -> None:
 def test_every_key_is_documented() -> None:
     """A bare name without a unit or a docstring is a question; names that say it all are listed here."""
     plain = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"}
-    plain |= {"peak_lr", "min_lr", "beta1", "beta2", "epsilon", "weight_decay", "train_tokens", "warmup_tokens", "decay"}
+    plain |= {
+        "peak_lr",
+        "min_lr",
+        "beta1",
+        "beta2",
+        "epsilon",
+        "weight_decay",
+        "train_tokens",
+        "warmup_tokens",
+        "decay",
+    }
     plain |= {"sequence_length", "train", "tensor", "pipeline", "context", "global_batch_tokens", "microbatch_samples"}
     plain |= {"overlap_grad_reduce", "overlap_param_gather", "init_std", "wsd_shape", "device", "tensorboard", "wandb"}
     plain |= {"wandb_project", "collective_timeout_s", "seed"}

@@ -70,8 +70,8 @@ def check_alike(shape: ModelShape, other: ModelShape, like: Path) -> None:
     for key in ModelShape.model_fields:
         if key not in ("family", "rope_theta") and getattr(shape, key) != getattr(other, key):
             raise UserError(
-                f"{like}: {key} = {getattr(other, key)}, the checkpoint has {getattr(shape, key)}: name a folder of the "
-                "same architecture"
+                f"{like}: {key} = {getattr(other, key)}, the checkpoint has {getattr(shape, key)}: name a folder of "
+                "the same architecture"
             )
 
 

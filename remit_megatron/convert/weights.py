@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,14 +102,6 @@ def choose_dtype(folder: HFFolder, asked: torch.dtype | None) -> torch.dtype:
     if only not in (torch.float32, torch.bfloat16):
         raise UserError(f"{folder.path}: float16 weights: choose --dtype fp32, which holds them exactly, or bf16")
     return only
-
-
-def checkpoint_source(path: Path) -> Path:
-    """A Hugging Face folder. Raises UserError where it is none."""
-    if not (path / "config.json").is_file():
-        what = "has no config.json" if path.is_dir() else "does not exist"
-        raise UserError(f"{path}: {what}: name a Hugging Face folder")
-    return path
 
 
 def _some(names: set[str]) -> str:

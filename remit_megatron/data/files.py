@@ -3,8 +3,9 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from remit_megatron.errors import RunError
 
@@ -19,8 +20,12 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file: temporary name, fsync, rename, fsync of the folder. Raises RunError where it cannot."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a whole file: temporary name, fsync, rename, fsync of the folder. For one writer at a time.
+
+    The temporary name is always the same, so that a killed writer's is used up by the next. Raises RunError where the
+    file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
             with open(temporary, "wb") as file:
@@ -31,6 +36,12 @@ def write_atomically(path: Path, content: bytes) -> None:
             fsync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def close_quietly(file: IO[bytes]) -> None:
+    """Close a file whose content does not count: closing flushes, which a full disk refuses."""
+    with suppress(OSError):
+        file.close()
 
 
 @contextmanager

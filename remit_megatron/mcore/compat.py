@@ -6,6 +6,8 @@ import importlib.metadata
 import importlib.util
 from typing import Any
 
+import torch
+
 
 def importable(module: str) -> bool:
     """Whether `module` is installed and imports here; a broken install counts as absent."""
@@ -52,23 +54,29 @@ def align_optimizer_state(optimizer: Any) -> None:
 
 
 def make_loadable(optimizer: Any) -> None:
-    """Let a fresh distributed optimizer over torch's AdamW have states to load into, and load them. Idempotent.
+    """Let a distributed optimizer over torch's AdamW be saved before its first update, and loaded. Idempotent.
 
-    Without Apex and Transformer Engine, Megatron-Core 0.16.1 reads the step of states that AdamW has not made yet, and
-    then expects a step among each parameter's tensors, where the checkpoint keeps one for all. The values made here,
-    and what the dummy update does to the master weights, are overwritten by the load.
+    Without Apex and Transformer Engine, Megatron-Core 0.16.1 reads the step of states that AdamW makes at its first
+    update only, and when loading it expects a step among each parameter's tensors, where the checkpoint keeps one for
+    all. The states made here are those that AdamW would make.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        create = getattr(part, "_init_optimizer_states_with_dummy_values", None)
-        if create is None:
-            continue
-        if not part.optimizer.state:
-            create()
-        store = part._set_main_param_and_optimizer_states
-        if not getattr(store, "adds_step", False):
+    for part in _torch_adam_parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not part.optimizer.state[parameter]:
+                    zeros = functools.partial(torch.zeros_like, parameter, memory_format=torch.preserve_format)
+                    state = {"step": torch.tensor(0.0), "exp_avg": zeros(), "exp_avg_sq": zeros()}
+                    part.optimizer.state[parameter].update(state)
+        store = getattr(part, "_set_main_param_and_optimizer_states", None)
+        if store is not None and not getattr(store, "adds_step", False):
             loadable = functools.partial(_store_with_step, part, store)
             loadable.adds_step = True  # type: ignore[attr-defined]
             part._set_main_param_and_optimizer_states = loadable
+
+
+def _torch_adam_parts(optimizer: Any) -> list[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if isinstance(getattr(part, "optimizer", None), torch.optim.Adam)]
 
 
 def _store_with_step(part: Any, store: Any, model_param: Any, tensors: dict[str, Any]) -> None:
@@ -83,10 +91,9 @@ def separate_steps(optimizer: Any) -> None:
     Megatron-Core hands one tensor to all of them, and AdamW counts every state's step up in place: each update would
     count once a parameter, and the bias correction would be wrong from the first resumed step on.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for state in part.optimizer.state.values() if getattr(part, "optimizer", None) else ():
-            if hasattr(state.get("step"), "clone"):
-                state["step"] = state["step"].clone()
+    for part in _torch_adam_parts(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
 
 
 def _gather_aligned(gather: Any, buffers: list[Any], *args: Any, **kwargs: Any) -> Any:

@@ -62,8 +62,7 @@ def model_state(chunks: list[Any]) -> dict[str, Any]:
 def _training_state(chunks: list[Any], optimizer: Any, is_loading: bool) -> dict[str, Any]:
     state = model_state(chunks)
     compat.align_optimizer_state(optimizer)
-    if is_loading:
-        compat.make_loadable(optimizer)
+    compat.make_loadable(optimizer)
     optimizer_state = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(METADATA))
     return {**state, "optimizer": optimizer_state}
 

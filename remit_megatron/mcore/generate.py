@@ -46,9 +46,7 @@ def greedy(
     return [everything[i] for i in range(len(prompts))]
 
 
-def _decode(
-    model: Any, prompts: list[list[int]], max_new_tokens: int, eod_id: int, groups: Groups
-) -> list[list[int]]:
+def _decode(model: Any, prompts: list[list[int]], max_new_tokens: int, eod_id: int, groups: Groups) -> list[list[int]]:
     device = model.device_of_weights()
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     # Right-padded: under causal attention what follows a position cannot change it.
@@ -65,9 +63,7 @@ def _decode(
         alive[live] = token != eod_id
         if not alive.any():
             break
-    return [
-        [t for t in text[row, starts[row] : lengths[row]].tolist() if t != eod_id] for row in range(len(prompts))
-    ]
+    return [[t for t in text[row, starts[row] : lengths[row]].tolist() if t != eod_id] for row in range(len(prompts))]
 
 
 def _next_token(model: Any, text: Tensor, lengths: Tensor, groups: Groups) -> Tensor:

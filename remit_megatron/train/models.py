@@ -35,7 +35,9 @@ def make_plan(recipe: Recipe, device_type: str) -> Plan:
     shape = resolve_shape(recipe.model, init_meta.model_shape() if init_meta else None)
     check_layout(shape, recipe.parallel, "model")
     if recipe.data.document_mask and recipe.model.implementation == "transformer_engine":
-        raise UserError("data.document_mask needs model.implementation = 'local': Transformer Engine's takes no such mask here")
+        raise UserError(
+            "data.document_mask needs model.implementation = 'local': Transformer Engine's takes no such mask here"
+        )
     reference_path = reference_meta = reference_shape = None
     if recipe.reference is not None:
         reference_path = resolve_checkpoint(recipe.reference.path, "reference.path")

@@ -45,9 +45,7 @@ def attention_case(rank: int, size: int) -> list[float]:
         want = plain_attention(*exact, documents, width**-0.5)
         want.backward(upstream.double())
 
-        module = SDPAttention(
-            SimpleNamespace(attention_dropout=0.0), 1, pg_collection=SimpleNamespace(cp=groups.cp)
-        )
+        module = SDPAttention(SimpleNamespace(attention_dropout=0.0), 1, pg_collection=SimpleNamespace(cp=groups.cp))
         mine = [zigzag_slice(x, rank, size, dim=0).clone().requires_grad_() for x in (q, k, v)]
         got = module(*mine, documents)
         got.backward(zigzag_slice(upstream, rank, size, dim=0))

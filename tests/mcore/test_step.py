@@ -22,7 +22,8 @@ def refusals(rank: int) -> dict[str, str]:
 
     from remit_megatron.mcore.groups import initialize_groups
     from remit_megatron.mcore.loss_hook import RemitGPTModel
-    from remit_megatron.mcore.model import local_layer_spec, make_config
+    from remit_megatron.mcore.families import layer_spec
+    from remit_megatron.mcore.model import make_config
     from remit_megatron.mcore.step import make_forward_step, run_schedule
 
     initialize_groups(Parallel(), seed=1)
@@ -31,7 +32,9 @@ def refusals(rank: int) -> dict[str, str]:
     good = make_config(STUDENT, Parallel(), BUILD)
 
     def build(cls: Any, **changes: Any) -> Any:
-        return cls(dataclasses.replace(good, **changes), local_layer_spec(), 61, 16, position_embedding_type="rope")
+        return cls(
+            dataclasses.replace(good, **changes), layer_spec(STUDENT, "local"), 61, 16, position_embedding_type="rope"
+        )
 
     def step(model: Any, objective: Any) -> None:
         run_schedule(make_forward_step(objective), [batch], [model], forward_only=True)

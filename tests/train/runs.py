@@ -71,10 +71,10 @@ def remit(folder: Path, run: str, **changes: Any) -> dict[str, Any]:
     return settings(folder, run, **changes)
 
 
-def train_all(rank: int, recipes: list[Any], poison: dict[str, Any] | None = None) -> list[tuple[int, str]]:
+def train_all(rank: int, recipes: list[Any], poisons: list[Any] | None = None) -> list[tuple[int, str]]:
     """On one rank: run recipes one after the other; (exit code, message) of each.
 
-    poison: {"rank", "steps"}: on that rank the loss of those steps is multiplied by NaN.
+    poisons: for each recipe (rank, steps): on that rank the loss of those steps is multiplied by NaN.
     """
     import torch
     import torch.distributed as dist
@@ -86,16 +86,14 @@ def train_all(rank: int, recipes: list[Any], poison: dict[str, Any] | None = Non
 
     activate("cpu")
     size = dist.get_world_size()
-    process = Process(
-        rank=rank, world_size=size, local_rank=rank, local_world_size=size, device=torch.device("cpu")
-    )
+    process = Process(rank=rank, world_size=size, local_rank=rank, local_world_size=size, device=torch.device("cpu"))
     outcomes = []
-    for recipe in recipes:
+    for recipe, (poisoned_rank, steps) in zip(recipes, poisons or [(0, [])] * len(recipes), strict=True):
         trainer = None
         try:
             trainer = Trainer(parse_recipe(recipe), process)
-            if poison:
-                trainer.forward_step.objective = _Poisoned(trainer, poison if rank == poison["rank"] else {"steps": []})
+            if poisons:
+                trainer.forward_step.objective = _Poisoned(trainer, steps if rank == poisoned_rank else [])
             trainer.run(StopSignals())
             outcomes.append((0, ""))
         except RemitError as error:
@@ -109,8 +107,8 @@ def train_all(rank: int, recipes: list[Any], poison: dict[str, Any] | None = Non
 
 
 class _Poisoned:
-    def __init__(self, trainer: Any, poison: dict[str, Any]):
-        self.trainer, self.inner, self.steps = trainer, trainer.objective, poison["steps"]
+    def __init__(self, trainer: Any, steps: list[int]):
+        self.trainer, self.inner, self.steps = trainer, trainer.objective, steps
         self.name, self.needs_reference = self.inner.name, self.inner.needs_reference
 
     def __call__(self, stats: Any) -> Any:

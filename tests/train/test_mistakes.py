@@ -138,5 +138,7 @@ def test_several_ranks_say_it_once(folder: Path, capfd: pytest.CaptureFixture[st
 
     recipe = folder / "once.toml"
     recipe.write_text(dump_toml(parse_recipe(settings(folder, "once"))))
-    assert main(["train", str(recipe), "--nproc", "2", "--set", "parallel.tensor=1", "--set", "run=" + str(folder)]) == 2
+    assert (
+        main(["train", str(recipe), "--nproc", "2", "--set", "parallel.tensor=1", "--set", "run=" + str(folder)]) == 2
+    )
     assert capfd.readouterr().err.count("remit: ") == 1

@@ -1,0 +1,147 @@
+"""The choice of backend, the check while it works, and documents of any size."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import backends, worker
+from data_prep.backends import Gigatoken, HuggingFace, TokenizerFile, choose_backend, first_difference
+from data_prep.tokenize import TokenizeSettings, tokenize
+from remit_megatron.errors import RunError
+from tests.data_prep.tokenizers import KINDS, TEXTS
+
+ROOT = Path(__file__).parents[2]
+BLOCK = "def f(x):\n    return 'caf\u00e9 \U0001f600' + str(x) * 12\n\n"
+"""Ends so that every split begins anew at the next block."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_choice(kind: str, tokenizer_dirs: dict[str, Path]) -> None:
+    file = TokenizerFile.load(tokenizer_dirs[kind])
+    backend, why = choose_backend("auto", file, ["hello"])
+    assert backend == {"youtu": "tokenizers", "nfc": "tokenizers"}.get(kind, "gigatoken")
+    assert {"youtu": "cannot load", "nfc": "differs from tokenizers on"}.get(kind, "equal to tokenizers") in why
+    assert choose_backend("tokenizers", file, []) == ("tokenizers", "asked for")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "olmo2", "smollm3", "sentencepiece"])
+def test_million_spaces_and_letters(kind: str, tokenizer_dirs: dict[str, Path]) -> None:
+    file = TokenizerFile.load(tokenizer_dirs[kind])
+    text = " " * 1_000_000 + "x" + "\n" * 50_000 + "a" * 50_000
+    for backend in (Gigatoken(file), HuggingFace(file)):
+        got, lengths = backend.encode([text, text.encode(), ""])
+        assert lengths.tolist() == [len(got) // 2, len(got) // 2, 0]
+        if backend.name == "gigatoken":
+            expected = got
+    assert np.array_equal(got, expected)
+
+
+class Wrong:
+    """A backend that errs on one word."""
+
+    name, version = "gigatoken", "wrong"
+
+    def __init__(self, right: Gigatoken) -> None:
+        self.right = right
+
+    def encode(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+        ids, lengths = self.right.encode(texts)
+        return np.where(
+            [b"zebra" in (t.encode() if isinstance(t, str) else t) for t in texts][0], ids + 1, ids
+        ), lengths
+
+
+def test_mismatch_in_the_sample_is_refused(tokenizer_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, right = TokenizerFile.load(tokenizer_dirs["olmo2"]), Gigatoken
+    assert first_difference(file, [*TEXTS, "a zebra"]) is None
+    monkeypatch.setattr(backends, "Gigatoken", lambda file: Wrong(right(file)))
+    assert first_difference(file, ["a zebra"]) is not None
+    backend, why = choose_backend("auto", file, ["zebra crossing"] * 3)
+    assert backend == "tokenizers"
+    assert "differs from tokenizers on 'zebra crossing' at token 0" in why
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_mismatch_while_running_is_refused(
+    every: int,
+    tmp_path: Path,
+    tokenizer_dirs: dict[str, Path],
+    write_jsonl: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A document past the sample that was compared at start: the check in the worker finds it."""
+    path = write_jsonl(tmp_path / "in.jsonl", ["fine"] * 2100 + ["zebra"] * 10)
+    right = backends.Gigatoken
+    monkeypatch.setattr(worker, "CHECK_EVERY", every)
+    monkeypatch.setattr(worker, "open_backend", lambda name, file: Wrong(right(file)))
+    with pytest.raises(RunError, match="differs from tokenizers on 'zebra'.*--backend tokenizers"):
+        tokenize(
+            TokenizeSettings(
+                inputs=[str(path)], tokenizer=str(tokenizer_dirs["olmo2"]), output=str(tmp_path / "data"), workers=1,
+                task_bytes=50_000,
+            )
+        )  # fmt: skip
+
+
+def test_check_counts_documents_across_batches(
+    tokenizer_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "CHECK_EVERY", 10)
+    file = TokenizerFile.load(tokenizer_dirs["gpt2"])
+    job = worker.Job(Path(), file, "gigatoken", file.vocab_size, 0, "text", 1 << 20, 0)
+    encoder = worker.Encoder(job)
+    assert encoder.reference is not None
+    seen: list[str | bytes] = []
+    encode = encoder.reference.encode
+    monkeypatch.setattr(encoder.reference, "encode", lambda texts: (seen.extend(texts), encode(texts))[1])
+    numbers = iter(range(100))
+    for size in (3, 1, 25, 4, 7, 60):
+        encoder.encode([str(next(numbers)) for _ in range(size)])
+    assert seen == [str(n) for n in range(0, 100, 10)]
+
+
+SCRIPT = """
+import json, resource, sys
+from data_prep.tokenize import TokenizeSettings, tokenize
+inputs, folder, output = sys.argv[1:]
+tokenize(TokenizeSettings(inputs=[inputs], tokenizer=folder, output=output, workers=1, append_eod=True))
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+"""
+
+
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_50_mb_document(ascii_only: bool, tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """Ids of 50 MB are the block's over and over, as four blocks by the Hugging Face tokenizer show; memory stays low.
+
+    The Hugging Face tokenizer itself needs 6 GB and minutes for such a document.
+    """
+    file = TokenizerFile.load(tokenizer_dirs["olmo2"])
+    block, _ = HuggingFace(file).encode([BLOCK])
+    four, _ = HuggingFace(file).encode([BLOCK * 4])
+    assert np.array_equal(four, np.tile(block, 4))
+    repeats = 50_000_000 // len(BLOCK.encode())
+    with open(tmp_path / "in.jsonl", "w", encoding="utf-8") as out:
+        for text in ("small", BLOCK * repeats, "last"):
+            out.write(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n")
+    arguments = [str(tmp_path / "in.jsonl"), str(tokenizer_dirs["olmo2"]), str(tmp_path / "data")]
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    from remit_megatron.data.indexed import open_index
+
+    data = open_index(tmp_path / "data")
+    assert data.num_documents == 3
+    assert np.array_equal(data.document(1)[:-1], np.tile(block, repeats))
+    peak_mib = float(done.stdout.splitlines()[-1])
+    assert peak_mib < 400, f"{peak_mib:.0f} MiB at peak"
+
+
+def test_workers_do_without_torch() -> None:
+    """Importing torch would cost every worker 2 s and 200 MB."""
+    code = "import sys, data_prep.cli, data_prep.worker, data_prep.tokenize; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
