@@ -2,8 +2,8 @@
 
     python -m benchmarks.step --output benchmarks/results/step-cpu.json
 
-Both arms train the same student with the same fused loss, optimizer and batches, so the ratio of their step times is the
-price of the reference. For a reference of the student's size the arithmetic limit is 4/3: one forward more beside a
+Both arms train the same student with the same fused loss, optimizer and batches, so the ratio of their step times is
+the price of the reference. For a reference of the student's size the arithmetic limit is 4/3: one forward more beside a
 forward and a backward of twice its cost. Times are noisy on a shared machine; the ratio of neighbouring steps is not.
 """
 

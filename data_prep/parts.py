@@ -55,14 +55,17 @@ class PartWriter:
         with writing(self._temporary):
             self._file: IO[bytes] = open(self._temporary, "wb")  # noqa: SIM115 - closed by commit or abandon
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray, largest_id: int) -> None:
-        """Add ids that are known to fit the dtype."""
+    def append_ids(self, tokens: np.ndarray, largest_id: int) -> None:
+        """Add ids of the dataset's dtype."""
         with writing(self._temporary):
-            self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).view(np.uint8).data)
-        self._lengths.append(lengths.astype("<i4"))
+            self._file.write(tokens.view(np.uint8).data)
         self.counts["num_tokens"] += len(tokens)
-        self.counts["num_documents"] += len(lengths)
         self.counts["largest_id"] = max(self.counts["largest_id"], largest_id)
+
+    def append_lengths(self, lengths: np.ndarray) -> None:
+        """Add lengths of documents whose ids were added."""
+        self._lengths.append(lengths.astype("<i4"))
+        self.counts["num_documents"] += len(lengths)
 
     def passed(self, *, empty: int, bad: list[dict[str, Any]], size: int, disk_bytes: int) -> None:
         """Count what was read besides ids."""

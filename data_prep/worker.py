@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.backends import (
+    LARGE_BYTES,
     Backend,
     HuggingFace,
     TokenizerFile,
@@ -19,6 +20,7 @@ from data_prep.backends import (
     limit_threads,
     open_backend,
 )
+from data_prep.cuts import pieces, safe_to_cut
 from data_prep.inputs import Task
 from data_prep.parts import PartWriter, parts_of
 from data_prep.readers import Batch, read_task
@@ -64,16 +66,37 @@ class Encoder:
         self.backend: Backend = open_backend(job.backend, job.tokenizer)
         self.reference = HuggingFace(job.tokenizer) if job.backend != HuggingFace.name else None
         self.dtype = dtype_for(job.vocab_size)
+        self.cuts = safe_to_cut(job.tokenizer, self.backend)
         self._documents = 0
 
     def encode(self, texts: list[str | bytes]) -> tuple[np.ndarray, np.ndarray, int]:
-        """(ids, lengths, largest id); ids already in the dataset's dtype. Raises UserError, RunError on a mismatch."""
+        """(ids in the dataset's dtype, lengths of the documents that have ids, largest id).
+
+        Raises UserError for an id outside the vocabulary, RunError for one that differs from that of `tokenizers`.
+        """
         ids, lengths = self.backend.encode(texts)
         self._check(texts)
         largest = check_ids(ids, self.job.vocab_size, str(self.job.tokenizer.path))
+        lengths = lengths[lengths > 0]  # a normalizer may leave nothing of a text
         if self.job.eod_id is None:
             return ids.astype(self.dtype), lengths, largest
         return *append_eod(ids, lengths, self.job.eod_id, self.dtype), max(largest, self.job.eod_id)
+
+    def encode_large(self, text: bytes, write: Callable[[np.ndarray, int], None]) -> int:
+        """Write one document's ids piece by piece with `write(ids, largest id)`. Returns its length, 0 for no ids."""
+        self._check([text])
+        length = 0
+        for piece in pieces(text) if self.cuts else (text,):
+            ids, _ = self.backend.encode([piece])
+            largest = check_ids(ids, self.job.vocab_size, str(self.job.tokenizer.path))
+            write(ids.astype(self.dtype), largest)
+            length += len(ids)
+        if length and self.job.eod_id is not None:
+            write(np.array([self.job.eod_id], dtype=self.dtype), self.job.eod_id)
+            length += 1
+        if length > MAX_DOCUMENT_TOKENS:
+            raise UserError(f"a document of {length:,} tokens; the format holds 2^31 - 1: lower --max-document-mib")
+        return length
 
     def _check(self, texts: list[str | bytes]) -> None:
         first = -self._documents % CHECK_EVERY
@@ -94,9 +117,6 @@ def append_eod(ids: np.ndarray, lengths: np.ndarray, eod_id: int, dtype: np.dtyp
     """Put an EOD after each document, without a loop over documents. Ids must fit the dtype."""
     lengths = lengths + 1
     tokens = np.full(len(ids) + len(lengths), eod_id, dtype)
-    if len(lengths) == 1:
-        tokens[:-1] = ids
-        return tokens, lengths
     is_text = np.ones(len(tokens), dtype=bool)
     is_text[np.cumsum(lengths) - 1] = False
     tokens[is_text] = ids
@@ -140,34 +160,35 @@ def _fill(
 ) -> tuple[int | None, bool]:
     """Move batches into a part until it is full. Returns (position after them, whether more may come)."""
     for batch in batches:
-        tokens = 0
+        before = writer.counts["num_tokens"]
         for texts in _groups(batch.texts):
-            ids, lengths, largest = encoder.encode(texts)
-            if len(lengths) and int(lengths.max()) > MAX_DOCUMENT_TOKENS:
-                raise UserError("a document has 2^31 tokens or more: lower --max-document-mib")
-            kept = lengths > (job.eod_id is not None)  # a normalizer may leave nothing of a text
-            if not kept.all():
-                ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
-                batch.empty += int((~kept).sum())
-            writer.append(ids, lengths, largest)
-            tokens += len(ids)
+            count = len(texts)
+            if len(texts[0]) >= LARGE_BYTES:
+                text = texts.pop()
+                length = encoder.encode_large(text.encode() if isinstance(text, str) else text, writer.append_ids)
+                lengths = np.array([length] if length else [], dtype=np.int64)
+            else:
+                ids, lengths, largest = encoder.encode(texts)
+                writer.append_ids(ids, largest)
+            batch.empty += count - len(lengths)
+            writer.append_lengths(lengths)
         at = batch.position
         writer.passed(empty=batch.empty, bad=batch.bad, size=batch.size, disk_bytes=batch.disk_bytes)
         if writer.counts["num_bad"] > job.max_bad:
             raise too_many_bad(writer.counts["num_bad"], job.max_bad, batch.bad[-1])
-        report(Progress(batch.size, batch.disk_bytes, tokens))
+        report(Progress(batch.size, batch.disk_bytes, writer.counts["num_tokens"] - before))
         if writer.counts["size"] >= job.part_bytes:
             return at, True
     return at, False
 
 
-def _groups(texts: list[str | bytes], large: int = 1 << 22) -> Iterator[list[str | bytes]]:
+def _groups(texts: list[str | bytes]) -> Iterator[list[str | bytes]]:
     """Large texts alone, so that no batch holds several; the list is emptied to free each one as it is done."""
     group: list[str | bytes] = []
     texts.reverse()
     while texts:
         text = texts.pop()
-        if len(text) >= large:
+        if len(text) >= LARGE_BYTES:
             if group:
                 yield group
                 group = []

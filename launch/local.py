@@ -35,6 +35,8 @@ def run_local(command: list[str], nproc: int) -> int:
     try:
         for rank in range(nproc):
             environment = {
+                # Otherwise gloo listens where this machine's name resolves to, if it does.
+                **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform.startswith("linux") else {}),
                 **os.environ,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),

@@ -83,6 +83,10 @@ class Data(Section):
     """No loss where the input is the EOD token: the first token of a document is not predicted from the one before."""
     cache_dir: str | None = None
     """Where sample indices are kept; default: a folder `.index` beside each dataset."""
+    loader: Literal["default", "dali"] = "default"
+    """`default` assembles steps ahead in a thread; `dali` runs them through NVIDIA DALI. Both give the same tensors."""
+    prefetch_steps: Positive = 2
+    """Steps that are assembled ahead."""
     tokenizer: str | None = None
     """tokenizer.json, or a folder with one, that the datasets must have been made with."""
 
@@ -219,7 +223,8 @@ class Recipe(Section):
         """
         settings = self.model_dump(exclude={"run", "parallel", "compute", "evaluation", "checkpoint", "logging"})
         settings["data"].pop("eval")
-        settings["data"].pop("cache_dir")
+        for key in ("cache_dir", "loader", "prefetch_steps"):
+            settings["data"].pop(key)
         settings["batch"].pop("microbatch_samples")
         settings["precision"] = self.compute.precision
         if self.reference:

@@ -1,6 +1,9 @@
 """What the documentation shows runs, and gives what it says."""
 
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,20 +11,26 @@ from pathlib import Path
 import pytest
 
 from launch.local import run_local
+from launch.smoke.run import QUICK_OVERRIDES
 
 ROOT = Path(__file__).parents[1]
 
 
-def code_block(page: str, language: str) -> str:
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1, f"{page} has {len(blocks)} blocks of {language}"
-    return blocks[0]
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    """Every command line of a page's shell blocks, without comments."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def test_plugin_script(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The script trains, and two tensor-parallel ranks print what one prints (float32 sums in another order)."""
     script = tmp_path / "train.py"
-    script.write_text(code_block("docs/plugin.md", "python"))
+    (code,) = blocks("docs/plugin.md", "python")
+    script.write_text(code)
     losses = []
     for nproc in (1, 2):
         assert run_local([sys.executable, "-W", "ignore", str(script)], nproc) == 0
@@ -31,7 +40,54 @@ def test_plugin_script(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert losses[0] == pytest.approx(losses[1], rel=2e-5, abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a clone in which `make smoke` has run, with a few steps of everything."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "launch").symlink_to(ROOT / "launch")
+    run = run_in(folder, [sys.executable, "-W", "ignore", "-m", "launch.smoke", "--quick", "--out", "runs/smoke"])
+    assert run.returncode == 0, run.stderr
+    assert "exact match" in run.stdout.lower(), run.stdout
+    return folder
+
+
+def run_in(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def test_smoke_run(smoke: Path) -> None:
+    """The table has four models with every figure, and the plot is a picture."""
+    results = json.loads((smoke / "runs/smoke/results.json").read_text())
+    text = json.dumps(results)
+    for name in ("base", "reference", "ntp", "remit"):
+        assert name in text
+        lines = (smoke / f"runs/smoke/{name}/metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["tokens"] >= 8192
+    (plot,) = (smoke / "runs/smoke").glob("*.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert plot.stat().st_size > 20_000
+
+
+def test_readme_commands(smoke: Path) -> None:
+    """Each `remit` line of the README, on the smoke run; the training lines with its few steps."""
+    lines = [words for words in commands("README.md") if words[0] == ".venv/bin/remit"]
+    assert {words[1] for words in lines} == {"check", "train", "eval", "doctor"}
+    few = [part for key, value in QUICK_OVERRIDES.items() for part in ("--set", f"{key}={value}")]
+    for words in lines:
+        more = few if words[1] in ("train", "eval", "check") else []
+        run = run_in(smoke, [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli", *words[1:], *more])
+        assert run.returncode == 0, f"{shlex.join(words)}: {run.stderr}"
+        if words[1] == "eval":
+            assert json.loads(run.stdout)["eval/code/nll"] > 0
+        if words[1] == "doctor":
+            assert "megatron-core  0.16" in run.stdout
+        if words[1] == "train" and "run=runs/eps" not in words:
+            assert "resumes from step-" in run.stderr, "started again, it goes on"
+
+
 def test_makefile_has_the_targets_of_the_readme() -> None:
-    targets = set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text()))
-    for target in sorted(targets):
+    targets = {words[1] for words in commands("README.md") if words[0] == "make"}
+    assert targets == {"smoke", "test"}
+    for target in targets:
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target

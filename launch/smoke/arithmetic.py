@@ -62,183 +62,145 @@ class Kind:
 KINDS = (
     Kind(
         "gain",
-        {"a": (2, 70), "b": (2, 29)},
-        (("{name} has {eq} {items} now.", "a + b -> c"),),
+        {"a": (2, 30), "b": (2, 9)},
+        (("Now {eq} {items}.", "a + b -> c"),),
         (
-            "{name} has {a} {items}. {He} gets {b} more. How many {items} does {name} have now?",
-            "{name} had {a} {items} and then found {b} more {items}. How many {items} is that in all?",
-            "There are {a} {items} in {name}'s bag. {other} adds {b} {items}. How many {items} are in the bag?",
-            "{other} gave {name} {b} {items}. {name} already had {a}. How many {items} does {name} have?",
+            "{name} has {a} {items} and gets {b} more. How many {items} now?",
+            "{name} had {a} {items}, then found {b}. How many {items} is that?",
+            "There are {a} {items} in a bag. {name} adds {b}. How many {items} are in it?",
         ),
     ),
     Kind(
         "loss",
-        {"a": (5, 90), "b": (2, 29)},
-        (("{name} has {eq} {items} left.", "a - b -> c"),),
+        {"a": (6, 30), "b": (2, 9)},
+        (("Left are {eq} {items}.", "a - b -> c"),),
         (
-            "{name} has {a} {items}. {He} gives {b} to {other}. How many {items} are left?",
-            "{name} had {a} {items} but lost {b} of them. How many {items} does {he} still have?",
-            "Out of {a} {items}, {name} sold {b}. How many {items} remain?",
-            "{other} took {b} of {name}'s {a} {items}. How many {items} does {name} have left?",
+            "{name} has {a} {items} and gives away {b}. How many {items} are left?",
+            "{name} had {a} {items} but lost {b}. How many {items} remain?",
+            "Of {a} {items} {name} sold {b}. How many {items} are left?",
         ),
     ),
     Kind(
         "groups",
-        {"a": (2, 12), "b": (2, 12)},
-        (("There are {eq} {items}.", "a * b -> c"),),
+        {"a": (2, 9), "b": (2, 9)},
+        (("In all {eq} {items}.", "a * b -> c"),),
         (
-            "{name} has {a} boxes with {b} {items} in each. How many {items} does {he} have?",
-            "There are {b} {items} in every bag, and {name} carries {a} bags. How many {items} are there?",
-            "{name} puts {items} in {a} rows of {b}. How many {items} are there in all?",
+            "{name} has {a} boxes with {b} {items} each. How many {items} in all?",
+            "{name} puts {a} rows of {b} {items}. How many {items} are there?",
+            "{name} carries {a} bags of {b} {items}. How many {items} is that?",
         ),
     ),
     Kind(
         "rate",
-        {"a": (2, 12), "b": (2, 12)},
-        (("In {b} hours {name} makes {eq} {items}.", "a * b -> c"),),
+        {"a": (2, 9), "b": (2, 9)},
+        (("Together {eq} {items}.", "a * b -> c"),),
         (
-            "{name} makes {a} {items} an hour. How many {items} does {he} make in {b} hours?",
-            "In one hour {name} can make {a} {items}. {He} works for {b} hours. How many {items} is that?",
-            "{name} works for {b} hours and makes {a} {items} each hour. How many {items} does {he} make?",
+            "{name} makes {a} {items} an hour. How many {items} in {b} hours?",
+            "{name} sells {a} {items} a day for {b} days. How many {items} is that?",
+            "Each hour {name} packs {a} {items}. How many {items} after {b} hours?",
         ),
     ),
     Kind(
         "share",
-        {"b": (2, 12), "q": (2, 12)},
-        (("Each friend gets {eq} {items}.", "a / b -> c"),),
+        {"b": (2, 9), "q": (2, 9)},
+        (("Each gets {eq} {items}.", "a / b -> c"),),
         (
-            "{name} shares {a} {items} equally among {b} friends. How many {items} does each friend get?",
-            "{b} friends split {a} {items} evenly. How many {items} does each one get?",
-            "{name} wants to give {a} {items} to {b} friends, the same number to each. How many does each get?",
+            "{name} shares {a} {items} among {b} friends. How many {items} does each get?",
+            "{name} splits {a} {items} evenly into {b} bags. How many {items} in each?",
+            "There are {a} {items} for {b} friends of {name}. How many {items} for each?",
         ),
         given=("b * q -> a",),
     ),
     Kind(
-        "compare",
-        {"a": (3, 80), "d": (2, 25)},
+        "difference",
+        {"a": (6, 30), "b": (2, 9)},
+        (("More by {eq} {items}.", "a - b -> c"),),
         (
-            ("{other} has {eq} {items}.", "a + d -> b"),
-            ("Together they have {eq} {items}.", "a + b -> c"),
-        ),
-        (
-            "{name} has {a} {items}. {other} has {d} more than {name}. How many {items} do they have together?",
-            "{other} has {d} more {items} than {name}, who has {a}. How many {items} have they in total?",
-            "{name} picked {a} {items} and {other} picked {d} more than that. How many did both pick?",
+            "{name} has {a} {items} and {other} has {b}. How many more has {name}?",
+            "{name} made {a} {items}, {other} made {b}. By how many is {name} ahead?",
+            "With {a} {items} against {b}, how many more has {name} than {other}?",
         ),
     ),
     Kind(
-        "difference",
-        {"a": (5, 90), "b": (2, 29)},
-        (("{name} has {eq} more {items} than {other}.", "a - b -> c"),),
+        "compare",
+        {"a": (2, 20), "d": (2, 9)},
+        (("{other} has {eq}.", "a + d -> b"), ("Both have {eq} {items}.", "a + b -> c")),
         (
-            "{name} has {a} {items} and {other} has {b}. How many more {items} does {name} have?",
-            "{other} has {b} {items}. {name} has {a}. By how many {items} is {name} ahead?",
-            "How many more {items} than {other} does {name} have, if {name} has {a} and {other} has {b}?",
+            "{name} has {a} {items}. {other} has {d} more. How many {items} have both?",
+            "{name} picked {a} {items} and {other} {d} more than that. How many {items} in all?",
         ),
     ),
     Kind(
         "change",
-        {"q": (2, 9), "p": (2, 12), "r": (1, 30)},
+        {"q": (2, 9), "p": (2, 9), "r": (1, 20)},
+        (("They cost {eq} dollars.", "q * p -> c"), ("Back come {eq} dollars.", "n - c -> e")),
         (
-            ("The {items} cost {eq} dollars.", "q * p -> c"),
-            ("{name} gets {eq} dollars back.", "n - c -> e"),
-        ),
-        (
-            "{name} buys {q} {items} for {p} dollars each and pays with {n} dollars. How much change does {he} get?",
-            "One {item} costs {p} dollars. {name} has {n} dollars and buys {q} {items}. How many dollars are left?",
-            "{name} had {n} dollars. {He} bought {q} {items} at {p} dollars each. How much money is left?",
+            "{name} buys {q} {items} for {p} dollars each and pays {n}. How much comes back?",
+            "{name} takes {q} {items} at {p} dollars each out of {n} dollars. How much is left?",
+            "{q} {items} cost {p} dollars each. {name} has {n} dollars. How much is left?",
         ),
         given=("q * p -> s", "s + r -> n"),
     ),
     Kind(
         "packs_and_more",
-        {"q": (2, 9), "p": (2, 12), "r": (2, 29)},
+        {"q": (2, 9), "p": (2, 9), "r": (2, 9)},
+        (("The packs hold {eq}.", "q * p -> c"), ("In all {eq} {items}.", "c + r -> e")),
         (
-            ("The packs hold {eq} {items}.", "q * p -> c"),
-            ("In all there are {eq} {items}.", "c + r -> e"),
-        ),
-        (
-            "{name} has {q} packs of {p} {items} and {r} loose {items}. How many {items} does {he} have?",
-            "{name} buys {q} packs with {p} {items} each. {other} brings {r} more {items}. How many are there?",
-            "There are {r} {items} on the table and {q} packs of {p} {items} in the box. How many {items} in all?",
+            "{name} has {q} packs of {p} {items} and {r} loose ones. How many {items} in all?",
+            "{name} buys {q} packs of {p} {items}. {other} brings {r} more. How many {items} now?",
+            "There are {q} packs of {p} {items} and {r} beside them. How many {items} are there?",
         ),
     ),
     Kind(
         "day",
-        {"a": (10, 70), "b": (2, 25), "d": (2, 25)},
+        {"a": (6, 30), "b": (2, 9), "d": (2, 9)},
+        (("First {eq} stay.", "a - b -> c"), ("Then {eq} {items}.", "c + d -> e")),
         (
-            ("In the morning {name} sells {b} and keeps {eq} {items}.", "a - b -> c"),
-            ("Then {he} has {eq} {items}.", "c + d -> e"),
-        ),
-        (
-            "{name} starts with {a} {items}, sells {b} and buys {d} more. How many {items} does {he} have now?",
-            "A shop has {a} {items}. {name} sells {b} in the morning, then {d} arrive. How many {items} are there?",
-            "{name} had {a} {items}. {He} sold {b} of them and later got {d} new ones. How many are there now?",
+            "{name} has {a} {items}, sells {b} and buys {d}. How many {items} now?",
+            "{name} had {a} {items}. {He} lost {b} and got {d} new ones. How many {items} is that?",
+            "A shop has {a} {items}. {name} buys {b}, then {d} arrive. How many {items} are there?",
         ),
     ),
     Kind(
         "keep_and_share",
         {"q": (2, 9), "k": (2, 9), "f": (2, 9)},
+        (("To share are {eq}.", "n - k -> c"), ("Each gets {eq} {items}.", "c / f -> e")),
         (
-            ("{name} shares {eq} {items}.", "n - k -> c"),
-            ("Each friend gets {eq} {items}.", "c / f -> e"),
-        ),
-        (
-            "{name} has {n} {items}. {He} keeps {k} and shares the rest equally among {f} friends. "
-            "How many does each friend get?",
-            "From {n} {items} {name} keeps {k} and splits the others evenly between {f} friends. "
-            "How many {items} for each friend?",
+            "{name} has {n} {items}, keeps {k} and shares the rest among {f} friends. How many {items} for each?",
+            "Of {n} {items} {name} keeps {k}. The rest goes to {f} friends. How many {items} does each get?",
         ),
         given=("q * f -> s", "s + k -> n"),
     ),
     Kind(
-        "two_packs",
-        {"a": (2, 9), "b": (2, 9), "d": (2, 9), "f": (2, 20)},
+        "boxes_and_gifts",
+        {"a": (2, 9), "b": (2, 9), "d": (2, 9), "f": (2, 9)},
         (
-            ("The boxes hold {eq} {items}.", "a * b -> c"),
-            ("With {other}'s there are {eq} {items}.", "c + f -> e"),
-            ("After giving some away there are {eq} {items}.", "e - d -> g"),
+            ("The boxes hold {eq}.", "a * b -> c"),
+            ("With {other}'s {eq}.", "c + d -> e"),
+            ("Left are {eq} {items}.", "e - f -> g"),
         ),
         (
-            "{name} has {a} boxes of {b} {items}. {other} brings {f} more. They give {d} away. "
-            "How many {items} are left?",
-            "{name} fills {a} boxes with {b} {items} each and {other} adds {f} {items}. "
-            "Later {d} {items} are given away. How many remain?",
+            "{name} has {a} boxes of {b} {items}. {other} adds {d}. They give away {f}. How many {items} are left?",
+            "{name} fills {a} boxes with {b} {items} each. {other} adds {d} and takes {f}. How many {items} are there?",
         ),
     ),
 )
 
 NAMES = (
-    *(
-        (name, "she")
-        for name in (
-            *("Mia", "Emma", "Nora", "Lena", "Sara", "Anna", "Ruth", "Ida", "Zoe", "Clara", "Alice", "Maya", "Julia"),
-            *("Olga", "Priya", "Yuki", "Fatima", "Rosa", "Grace", "Helen"),
-        )
-    ),
-    *(
-        (name, "he")
-        for name in (
-            *("Tom", "Ben", "Max", "Paul", "Omar", "Leo", "Jack", "Noah", "Ivan", "Hugo", "Felix", "Peter", "Adam"),
-            *("Kofi", "Ravi", "Kenji", "Carlos", "Simon", "Oscar", "David"),
-        )
-    ),
+    *((name, "she") for name in ("Mia", "Emma", "Nora", "Sara", "Zoe", "Maya", "Priya", "Rosa", "Grace", "Yuki")),
+    *((name, "he") for name in ("Tom", "Ben", "Omar", "Leo", "Jack", "Ivan", "Hugo", "Kofi", "Ravi", "Carlos")),
 )
 
-ITEMS = tuple(
-    (singular, singular + "s")
-    for singular in (
-        *("apple", "book", "pencil", "ticket", "stamp", "card", "cake", "coin", "shell", "marble", "cookie", "pear"),
-        *("flower", "candle", "button", "sticker", "balloon", "egg", "lemon", "cup", "plate", "toy", "photo", "stone"),
-        *("ring", "hat", "orange", "muffin", "brick", "bead"),
-    )
+ITEMS = (
+    *("apples", "books", "pencils", "tickets", "stamps", "cards", "cakes", "coins", "shells", "cookies"),
+    *("flowers", "candles", "buttons", "eggs", "lemons", "cups", "stones", "rings", "hats", "beads"),
 )
 
 _OPERATION = re.compile(r"(\w) ([-+*/]) (\w) -> (\w)")
 
 
 def _apply(operation: str, numbers: dict[str, int]) -> str | None:
-    """Carry out "a op b -> c" in `numbers` and return "1 + 2 = 3"; None if inexact or not in [1, MAX_VALUE]."""
+    """Carry out "a op b -> c" in `numbers` and return "1+2=3"; None if inexact or not in [1, MAX_VALUE]."""
     match = _OPERATION.fullmatch(operation)
     assert match, operation
     left, right = numbers[match[1]], numbers[match[3]]
@@ -251,7 +213,7 @@ def _apply(operation: str, numbers: dict[str, int]) -> str | None:
     if not 1 <= result <= MAX_VALUE:
         return None
     numbers[match[4]] = result
-    return f"{left} {match[2]} {right} = {result}"
+    return f"{left}{match[2]}{right}={result}"
 
 
 def _draw(kind: Kind, rng: random.Random) -> tuple[dict[str, int], list[str]] | None:
@@ -268,14 +230,12 @@ def _draw(kind: Kind, rng: random.Random) -> tuple[dict[str, int], list[str]] | 
 
 def _word(kind: Kind, numbers: dict[str, int], equations: list[str], rng: random.Random) -> Problem:
     (name, he), (other, _) = rng.sample(NAMES, 2)
-    item, items = rng.choice(ITEMS)
     words: dict[str, Any] = {
         "name": name,
         "other": other,
         "he": he,
         "He": he.capitalize(),
-        "item": item,
-        "items": items,
+        "items": rng.choice(ITEMS),
     }
     words |= numbers
     question, reworded = rng.sample(kind.questions, 2)
@@ -283,7 +243,7 @@ def _word(kind: Kind, numbers: dict[str, int], equations: list[str], rng: random
     sentences = [text.format(eq=eq, **words) for (text, _), eq in zip(kind.steps, equations, strict=True)]
     return Problem(
         question=question.format(**words),
-        solution=" ".join(sentences) + f" The answer is \\boxed{{{answer}}}.",
+        solution=" ".join([*sentences, f"\\boxed{{{answer}}}"]),
         answer=answer,
         canonical=canonical_form(kind, numbers),
         reworded=reworded.format(**words),

@@ -20,9 +20,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from remit_megatron.config import Data
+from remit_megatron.data.index_cache import ensure_cache
 from remit_megatron.data.manifest import DatasetInfo, quick_verify
 from remit_megatron.data.samples import assemble
-from remit_megatron.errors import UserError
+from remit_megatron.errors import RemitError, RunError, UserError
+from remit_megatron.mcore import compat
 
 SOURCE_BITS = 40
 """A sample's id is source << 40 | number of the sample in its source."""
@@ -44,50 +46,71 @@ class SourceSamples:
 
 
 def open_source(prefix: str, data: Data, vocab_size: int, tokenizer_hash: str | None = None) -> SourceSamples:
-    """Verify and open one source; rank 0 builds its sample index where it is missing.
+    """Verify and open one source. Its sample index is built where it is missing or damaged.
 
-    Collective over all ranks when torch.distributed is initialised. Raises UserError naming the file.
+    Collective where torch.distributed is initialised: rank 0 verifies and builds, the others take its word and open.
+    Raises UserError naming the file, on every rank alike, or on the one rank that cannot read it.
     """
-    info = quick_verify(prefix, vocab_size=vocab_size, tokenizer_hash=tokenizer_hash)
+    found: list[Any] = [None]
     distributed = dist.is_available() and dist.is_initialized()
-    if distributed and dist.get_rank() != 0:
-        dist.barrier()
-        return _open(prefix, data, info)
-    source = _open(prefix, data, info)
+    if not distributed or dist.get_rank() == 0:
+        try:
+            info = quick_verify(prefix, vocab_size=vocab_size, tokenizer_hash=tokenizer_hash)
+            found = [(info, _ensure_index(prefix, data, info))]
+        except RemitError as error:
+            found = [error]
     if distributed:
-        dist.barrier()
-    return source
+        dist.broadcast_object_list(found, device=torch.device("cpu") if dist.get_backend() == "gloo" else None)
+    if isinstance(found[0], RemitError):
+        raise found[0]
+    info, index = found[0]
+    return SourceSamples(info=info, dataset=_open(prefix, data, info, index))
 
 
-def _open(prefix: str, data: Data, info: DatasetInfo) -> SourceSamples:
-    cache = Path(data.cache_dir) if data.cache_dir else Path(prefix).parent / ".index"
-    eod = data.eod_id if data.eod_id is not None else info.eod_id
-    config = GPTDatasetConfig(
-        random_seed=data.seed,
-        sequence_length=data.sequence_length,
-        # Content, not path: data made anew under the same name gets an index of its own.
-        path_to_cache=str(cache / info.fingerprint[:16]),
-        split="1",
-        tokenizer=SimpleNamespace(eod=eod, vocab_size=None, unique_identifiers={"content": info.fingerprint}),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
+def _ensure_index(prefix: str, data: Data, info: DatasetInfo) -> Path:
+    """The folder of a whole sample index. Its key is content, not path: data made anew gets an index of its own."""
     if info.num_tokens <= data.sequence_length:
         raise UserError(
             f"{prefix}: {info.num_tokens} tokens are fewer than one sample of data.sequence_length + 1 = "
             f"{data.sequence_length + 1}"
         )
-    indexed = IndexedDataset(prefix)
+    root = Path(data.cache_dir) if data.cache_dir else Path(prefix).parent / ".index"
+    key = {
+        "dataset": info.fingerprint,
+        "sequence_length": data.sequence_length,
+        "seed": data.seed,
+        "megatron-core": compat.version("megatron-core"),
+    }
+    try:
+        return ensure_cache(root, key, lambda folder: _open(prefix, data, info, folder) and None)
+    except RunError as error:
+        raise UserError(f"{error}; the sample index of {prefix} goes there: set data.cache_dir") from None
+
+
+def _open(prefix: str, data: Data, info: DatasetInfo, index: Path) -> GPTDataset:
+    """One epoch of Megatron's dataset, its index in `index`, built there by rank 0 where it is empty."""
+    config = GPTDatasetConfig(
+        random_seed=data.seed,
+        sequence_length=data.sequence_length,
+        path_to_cache=str(index),
+        split="1",
+        tokenizer=SimpleNamespace(eod=None, vocab_size=None, unique_identifiers={"content": info.fingerprint}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
     level = logging.getLogger("megatron.core.datasets").level
     logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
     try:
+        indexed = IndexedDataset(prefix)
         documents = np.arange(len(indexed), dtype=np.int32)
-        dataset = GPTDataset(indexed, prefix, documents, None, Split.train, config)
+        # Megatron hashes the name it is given into the index's file names: the content serves any path.
+        return GPTDataset(indexed, info.fingerprint, documents, None, Split.train, config)
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(f"{prefix}: cannot be opened with its sample index {index}: {error}") from error
     finally:
         logging.getLogger("megatron.core.datasets").setLevel(level)
-    return SourceSamples(info=info, dataset=dataset)
 
 
 class SampleOrder:

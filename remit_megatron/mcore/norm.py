@@ -5,12 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+from remit_megatron.mcore.collectives import sum_both_ways
 
 
 def _ones(width: int, config: Any) -> torch.nn.Parameter:
@@ -55,9 +53,7 @@ class ShardedRMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         squares = wide.square().sum(dim=-1, keepdim=True)
-        # Every rank's output depends on every rank's squares: the sum is an all-reduce in both directions.
-        squares = reduce_from_tensor_model_parallel_region(squares, group=self.tp_group)
-        squares = copy_to_tensor_model_parallel_region(squares, group=self.tp_group)
+        squares = sum_both_ways(squares, self.tp_group)
         return (self.weight * (wide * torch.rsqrt(squares / self.width + self.eps))).to(x.dtype)
 
     def sharded_state_dict(

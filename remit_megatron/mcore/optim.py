@@ -1,4 +1,4 @@
-"""Megatron's DDP, (distributed) AdamW and parameter scheduler, driven in tokens, with a step that refuses bad gradients."""
+"""Megatron's DDP, (distributed) AdamW and parameter scheduler in tokens, with a step that refuses bad gradients."""
 
 import math
 from typing import Any

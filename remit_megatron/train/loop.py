@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Recipe, dump_toml
+from remit_megatron.data.loader import BatchPlan, Step, make_loader
+from remit_megatron.data.manifest import tokenizer_hash
 from remit_megatron.errors import RunError, StopRequested, UserError
 from remit_megatron.mcore import datasets, dist_checkpoint, optim
 from remit_megatron.mcore.groups import Groups, data_parallel_size, initialize_groups
@@ -69,6 +71,20 @@ class Trainer:
 
         total_samples = recipe.train_steps * recipe.global_batch_samples
         self.data = datasets.TrainingData(self.sources, recipe.data, total_samples)
+        self.loader = make_loader(
+            recipe.data.loader,
+            self.data.sample,
+            BatchPlan(
+                first_sample=self.meta.step * recipe.global_batch_samples,
+                num_steps=recipe.train_steps - self.meta.step,
+                num_microbatches=self.num_microbatches,
+                microbatch_samples=recipe.batch.microbatch_samples,
+                dp_rank=self.groups.dp.rank(),
+                dp_size=self.groups.dp.size(),
+            ),
+            device=process.device,
+            prefetch_steps=recipe.data.prefetch_steps,
+        )
         self.forward_step = make_forward_step(
             self.objective,
             self.reference.chunks if self.reference else None,
@@ -88,15 +104,17 @@ class Trainer:
 
     def _open_data(self) -> list[Any]:
         recipe = self.recipe
+        made_with = tokenizer_hash(recipe.data.tokenizer) if recipe.data.tokenizer else None
         sources = [
-            datasets.open_source(source.path, recipe.data, self.plan.shape.vocab_size) for source in recipe.data.train
+            datasets.open_source(source.path, recipe.data, self.plan.shape.vocab_size, made_with)
+            for source in recipe.data.train
         ]
         hashes = {s.info.prefix: s.info.tokenizer_hash for s in sources if s.info.tokenizer_hash}
         if len(set(hashes.values())) > 1:
             raise UserError(
                 f"data.train: the datasets were made with different tokenizers: {', '.join(map(str, hashes))}"
             )
-        self.tokenizer_hash = next(iter(hashes.values()), None)
+        self.tokenizer_hash = made_with or next(iter(hashes.values()), None)
         for key, meta in (("model.init", self.plan.init_meta), ("reference.path", self.plan.reference_meta)):
             if meta and meta.tokenizer and self.tokenizer_hash and meta.tokenizer != self.tokenizer_hash:
                 raise UserError(f"{key}: it was trained with another tokenizer than that of data.train")
@@ -157,9 +175,10 @@ class Trainer:
         """Train to the last step, or until a signal asks to stop."""
         recipe, total = self.recipe, self.recipe.train_steps
         step = self.meta.step
+        steps = iter(self.loader)
         while step < total:
             step += 1
-            line, stop = self._train_step(step, signals)
+            line, stop = self._train_step(step, steps, signals)
             if (recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0) or step == total:
                 line.update(self._evaluate())
             self._write(line)
@@ -174,20 +193,14 @@ class Trainer:
         if self.loggers:
             self.loggers.progress.say(f"{recipe.run}: done, {self.meta.tokens:,} tokens")
 
-    def _train_step(self, step: int, signals: StopSignals) -> tuple[dict[str, Any], bool]:
+    def _train_step(self, step: int, steps: Iterator[Step], signals: StopSignals) -> tuple[dict[str, Any], bool]:
         """One optimizer step. Returns its line for metrics.jsonl and whether any rank was asked to stop."""
         recipe = self.recipe
         started = self._now()
         optim.zero_grads(self.chunks, self.optimizer)
-        batches = datasets.microbatches(
-            self.data,
-            (step - 1) * recipe.global_batch_samples,
-            self.num_microbatches,
-            recipe.batch.microbatch_samples,
-            self.groups.dp.rank(),
-            self.groups.dp.size(),
-        )
-        scored = started
+        data = next(steps)
+        batches = data.microbatches
+        loaded = scored = self._now()
         if self.objective.needs_reference:
             self.forward_step.score(batches)
             scored = self._now()
@@ -208,7 +221,7 @@ class Trainer:
         )
         line = {"step": step, "tokens": tokens, **read(ratios), "grad_norm": grad_norm, "lr": lr}
         line["skipped"] = int(not updated)
-        line.update(self._timing(elapsed, scored - started))
+        line.update(self._timing(elapsed, scored - loaded), data_ms=data.wait_ms)
         return line, bool(stop)
 
     def _timing(self, elapsed_s: float, score_s: float) -> dict[str, float]:
@@ -289,6 +302,7 @@ class Trainer:
         return time.perf_counter()
 
     def close(self) -> None:
+        self.loader.close()
         if self.metrics:
             self.metrics.close()
         if self.loggers:

@@ -1,6 +1,8 @@
 """The choice of backend, the check while it works, and documents of any size."""
 
+import dataclasses
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,14 +12,15 @@ import numpy as np
 import pytest
 
 from data_prep import backends, worker
-from data_prep.backends import Gigatoken, HuggingFace, TokenizerFile, choose_backend, first_difference
+from data_prep.backends import HOSTILE_TEXTS, Gigatoken, HuggingFace, TokenizerFile, choose_backend, first_difference
+from data_prep.cuts import pieces, safe_to_cut
 from data_prep.tokenize import TokenizeSettings, tokenize
 from remit_megatron.errors import RunError
 from tests.data_prep.tokenizers import KINDS, TEXTS
 
 ROOT = Path(__file__).parents[2]
-BLOCK = "def f(x):\n    return 'caf\u00e9 \U0001f600' + str(x) * 12\n\n"
-"""Ends so that every split begins anew at the next block."""
+BLOCK = "def f(x):\n    return 'caf\u00e9 \U0001f600' + str(x) * 12"
+"""With a newline or two after it, every split begins anew at the next block."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,9 +54,8 @@ class Wrong:
 
     def encode(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         ids, lengths = self.right.encode(texts)
-        return np.where(
-            [b"zebra" in (t.encode() if isinstance(t, str) else t) for t in texts][0], ids + 1, ids
-        ), lengths
+        wrong = [b"zebra" in (text.encode() if isinstance(text, str) else text) for text in texts]
+        return ids + np.repeat(wrong, lengths), lengths
 
 
 def test_mismatch_in_the_sample_is_refused(tokenizer_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +81,7 @@ def test_mismatch_while_running_is_refused(
     right = backends.Gigatoken
     monkeypatch.setattr(worker, "CHECK_EVERY", every)
     monkeypatch.setattr(worker, "open_backend", lambda name, file: Wrong(right(file)))
-    with pytest.raises(RunError, match="differs from tokenizers on 'zebra'.*--backend tokenizers"):
+    with pytest.raises(RunError, match=r"differs from tokenizers on 'zebra'.*--backend tokenizers"):
         tokenize(
             TokenizeSettings(
                 inputs=[str(path)], tokenizer=str(tokenizer_dirs["olmo2"]), output=str(tmp_path / "data"), workers=1,
@@ -105,29 +107,67 @@ def test_check_counts_documents_across_batches(
     assert seen == [str(n) for n in range(0, 100, 10)]
 
 
+def long_document(seed: int) -> str:
+    """Words, code and hostile text with newlines of all kinds between."""
+    generator = random.Random(seed)
+    between = ["\n", "\n\n", " \n", "\r\n", "\n  ", " ", ".\n", "x\n"]
+    parts = generator.choices([*TEXTS, *(text[:300] for text in HOSTILE_TEXTS), "def f", "The end.", "a1"], k=400)
+    return "".join(part + generator.choice(between) for part in parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_a_document_give_its_ids(kind: str, tokenizer_dirs: dict[str, Path]) -> None:
+    """Cut wherever a document may be, in pieces far smaller than in use. SentencePiece puts a space before a text."""
+    file = TokenizerFile.load(tokenizer_dirs[kind])
+    backend = HuggingFace(file)
+    assert safe_to_cut(file, backend) == (kind != "sentencepiece")
+    for seed in range(3):
+        text = long_document(seed)
+        cut = list(pieces(text.encode(), 50))
+        assert b"".join(cut).decode() == text
+        assert len(cut) > 25
+        whole, _ = backend.encode([text])
+        apart, _ = backend.encode(cut)
+        assert np.array_equal(whole, apart) == (kind != "sentencepiece")
+
+
+def test_unsafe_patterns_are_not_cut(tokenizer_dirs: dict[str, Path]) -> None:
+    """A split that looks behind, and one that keeps a newline with the word after it, which trial shows."""
+    file = TokenizerFile.load(tokenizer_dirs["olmo2"])
+    for pattern in (r"(?<=a)b|\s+|\S+", r"^\s+|\S+|\s+", r"\n\w+|\S+|\s+"):
+        content = json.loads(file.content)
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+        content["model"]["vocab"]["\u010aa"] = 5000
+        content["model"]["merges"].append(["\u010a", "a"])
+        other = dataclasses.replace(file, content=json.dumps(content))
+        assert not safe_to_cut(other, HuggingFace(other))
+
+
 SCRIPT = """
-import json, resource, sys
+import sys
 from data_prep.tokenize import TokenizeSettings, tokenize
 inputs, folder, output = sys.argv[1:]
 tokenize(TokenizeSettings(inputs=[inputs], tokenizer=folder, output=output, workers=1, append_eod=True))
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
 
-@pytest.mark.parametrize("ascii_only", [False, True])
-def test_50_mb_document(ascii_only: bool, tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("ascii_only", "ending"), [(False, "\n"), (True, "\n\n")])
+def test_50_mb_document(ascii_only: bool, ending: str, tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
     """Ids of 50 MB are the block's over and over, as four blocks by the Hugging Face tokenizer show; memory stays low.
 
     The Hugging Face tokenizer itself needs 6 GB and minutes for such a document.
     """
     file = TokenizerFile.load(tokenizer_dirs["olmo2"])
-    block, _ = HuggingFace(file).encode([BLOCK])
-    four, _ = HuggingFace(file).encode([BLOCK * 4])
+    text = BLOCK + ending
+    assert len(list(pieces(text.encode() * 9, 20))) == (9 if ending == "\n" else 1)
+    block, _ = HuggingFace(file).encode([text])
+    four, _ = HuggingFace(file).encode([text * 4])
     assert np.array_equal(four, np.tile(block, 4))
-    repeats = 50_000_000 // len(BLOCK.encode())
+    repeats = 50_000_000 // len(text.encode())
     with open(tmp_path / "in.jsonl", "w", encoding="utf-8") as out:
-        for text in ("small", BLOCK * repeats, "last"):
-            out.write(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n")
+        for body in ("small", text * repeats, "last"):
+            out.write(json.dumps({"text": body}, ensure_ascii=ascii_only) + "\n")
     arguments = [str(tmp_path / "in.jsonl"), str(tokenizer_dirs["olmo2"]), str(tmp_path / "data")]
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -136,7 +176,7 @@ def test_50_mb_document(ascii_only: bool, tmp_path: Path, tokenizer_dirs: dict[s
     data = open_index(tmp_path / "data")
     assert data.num_documents == 3
     assert np.array_equal(data.document(1)[:-1], np.tile(block, repeats))
-    peak_mib = float(done.stdout.splitlines()[-1])
+    peak_mib = int(done.stdout.splitlines()[-1]) / 1024
     assert peak_mib < 400, f"{peak_mib:.0f} MiB at peak"
 
 

@@ -8,11 +8,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 from remit_megatron.mcore.attention import SDPAttention
+from remit_megatron.mcore.collectives import sum_gradients
 from remit_megatron.mcore.norm import RMSNorm
 from remit_megatron.shape import ModelShape
 
@@ -47,7 +47,7 @@ class ReplicatedLinear(torch.nn.Module):
         out = F.linear(x, self.weight)
         if self.shared_tail:
             own, shared = out.split([out.size(-1) - self.shared_tail, self.shared_tail], dim=-1)
-            out = torch.cat([own, copy_to_tensor_model_parallel_region(shared, group=self.tp_group)], dim=-1)
+            out = torch.cat([own, sum_gradients(shared, self.tp_group)], dim=-1)
         return out, None
 
 
