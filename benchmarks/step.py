@@ -1,17 +1,25 @@
 """Times whole training steps of NTP and of ReMiT with a co-located reference, interleaved in one process.
 
     python -m benchmarks.step --output benchmarks/results/step-cpu.json
+    python -m benchmarks.step --shape tiny --warmup 1 --pairs 2        # does it run? not a measurement
 
-Both arms train the same student with the same fused loss, optimizer and batches, so the ratio of their step times is
+All arms train the same student with the same fused loss, optimizer and batches, so the ratio of their step times is
 the price of the reference. For a reference of the student's size the arithmetic limit is 4/3: one forward more beside a
 forward and a backward of twice its cost. Times are noisy on a shared machine; the ratio of neighbouring steps is not.
+
+    ntp           no reference
+    remit         scored by the reference before each step
+    remit-fp8     the same, the reference's linears in FP8
+    remit-scores  scores come with the batch, as from a cache
 """
 
 import argparse
+import contextlib
 import json
 import platform as machine
 import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +28,39 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Optimizer, Parallel, Schedule
+from remit_megatron.errors import UserError
 from remit_megatron.mcore import compat, platform
 from remit_megatron.objectives import NTP, Remit
 from remit_megatron.shape import ModelShape
 from remit_megatron.train import flops
 
+ARMS = ("ntp", "remit", "remit-fp8", "remit-scores")
+LIMITS: dict[str, tuple[str, float | None, float]] = {
+    "remit over ntp": ("<=", 1.37, 1.33),
+    "remit-fp8 over ntp": ("<=", None, 1.20),
+    "remit-scores over ntp": ("<=", 1.02, 1.00),
+    "ntp mfu": (">=", 0.40, 0.50),
+}
+"""Of the shape olmo2-1b on a GPU: direction, what it must reach, what it aims at."""
+
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "shape": ModelShape(
+            num_layers=2,
+            hidden_size=32,
+            ffn_hidden_size=64,
+            num_attention_heads=4,
+            num_query_groups=4,
+            kv_channels=8,
+            vocab_size=64,
+            tied_embeddings=False,
+            rope_theta=1e4,
+            norm_epsilon=1e-6,
+        ),
+        "sequence_length": 16,
+        "microbatch_samples": 2,
+        "num_microbatches": 2,
+    },
     # Matrix products take over 90% of a step; small enough for a laptop.
     "small": {
         "shape": ModelShape(
@@ -67,8 +102,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Bench:
     """A student, its optimizer, a frozen reference of the same shape, and the arms that train with them."""
 
-    def __init__(self, setting: dict[str, Any], device: torch.device):
-        from remit_megatron.mcore import optim
+    def __init__(self, setting: dict[str, Any], device: torch.device, arms: list[str]):
+        """Raises UserError where `arms` has remit-fp8 and FP8 cannot run."""
+        from remit_megatron.mcore import fp8, optim
         from remit_megatron.mcore.groups import initialize_groups
         from remit_megatron.mcore.model import Build, build_chunks
         from remit_megatron.mcore.step import make_forward_step
@@ -83,11 +119,13 @@ class Bench:
         self.optimizer, _ = optim.build_optimizer(
             self.chunks, Optimizer(peak_lr=1e-4), Schedule(train_tokens=1 << 40), Parallel(), dtype
         )
-        reference, _ = build_chunks(setting["shape"], Parallel(), build, max_sequence_length=length, scorer=True)
-        self.arms = {
-            "ntp": make_forward_step(NTP(), groups=self.groups),
-            "remit": make_forward_step(Remit(), reference, groups=self.groups),
-        }
+        reference: list[Any] = []
+        if {"remit", "remit-fp8"} & set(arms):
+            reference, _ = build_chunks(setting["shape"], Parallel(), build, max_sequence_length=length, scorer=True)
+        self.products = fp8.quantise(reference, device, dtype) if "remit-fp8" in arms else []
+        ntp = make_forward_step(NTP(), groups=self.groups)
+        remit = make_forward_step(Remit(), reference, groups=self.groups)
+        self.arms = {arm: ntp if arm == "ntp" else remit for arm in arms}
         self.generator = torch.Generator().manual_seed(0)
 
     def batches(self) -> list[dict[str, torch.Tensor]]:
@@ -101,15 +139,19 @@ class Bench:
 
     def step(self, arm: str) -> tuple[float, float]:
         """(seconds of the whole step, of which the reference took)."""
-        from remit_megatron.mcore import optim
+        from remit_megatron.mcore import fp8, optim
         from remit_megatron.mcore.step import run_schedule
 
         forward_step, batches = self.arms[arm], self.batches()
+        if arm == "remit-scores":
+            for batch in batches:
+                batch["ref_nll"] = torch.rand_like(batch["loss_mask"]) * 12
         started = self._now()
         optim.zero_grads(self.chunks, self.optimizer)
         scored = started
-        if forward_step.objective.needs_reference:
-            forward_step.score(batches)
+        if arm in ("remit", "remit-fp8"):
+            with contextlib.nullcontext() if arm == "remit-fp8" else fp8.disabled(self.products):
+                forward_step.score(batches)
             scored = self._now()
         run_schedule(forward_step, batches, self.chunks, forward_only=False)
         optim.optimizer_step(self.optimizer, 1.0)
@@ -130,21 +172,25 @@ class Bench:
 
 
 def measure(bench: Bench, warmup: int, pairs: int) -> dict[str, Any]:
-    """Interleave the arms; the order within a pair alternates, so that neither always runs first."""
+    """Interleave the arms; the order within a round alternates, so that none always runs first."""
     seconds: dict[str, list[float]] = {arm: [] for arm in bench.arms}
-    shares = []
+    shares: dict[str, list[float]] = {}
     for i in range(warmup + pairs):
         for arm in list(bench.arms) if i % 2 == 0 else list(bench.arms)[::-1]:
             total, score = bench.step(arm)
             if i >= warmup:
                 seconds[arm].append(total)
                 if score:
-                    shares.append(score / total)
-    ratios = [a / b for a, b in zip(seconds["remit"], seconds["ntp"], strict=True)]
+                    shares.setdefault(arm, []).append(score / total)
+    ratios = {}
+    if "ntp" in seconds:
+        for arm in seconds.keys() - {"ntp"}:
+            pairwise = zip(seconds[arm], seconds["ntp"], strict=True)
+            ratios[f"{arm} over ntp"] = _spread([a / b for a, b in pairwise])
     return {
         "step_seconds": {arm: _spread(values) for arm, values in seconds.items()},
-        "remit_over_ntp": _spread(ratios),
-        "reference_share": _spread(shares),
+        "ratios": dict(sorted(ratios.items())),
+        "reference_share": {arm: _spread(values) for arm, values in shares.items()},
     }
 
 
@@ -167,34 +213,73 @@ def describe(bench: Bench, name: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def add_peaks(bench: Bench, result: dict[str, Any]) -> None:
+    """Memory, and on a GPU whose peak is known tokens/s, model FLOP utilisation and the verdicts on LIMITS."""
+    setting = bench.setting
+    if bench.device.type != "cuda":
+        result["peak_bytes"] = {"process": bench.peak_bytes(next(iter(bench.arms)))}
+        return
+    result["peak_bytes"] = {arm: bench.peak_bytes(arm) for arm in bench.arms}
+    peak = flops.peak_flops(bench.device)
+    found = {name: spread["median"] for name, spread in result["ratios"].items()}
+    if peak and "ntp" in bench.arms:
+        per_token = flops.training_flops_per_token(setting["shape"], None, setting["sequence_length"])
+        rate = result["tokens_per_step"] / result["step_seconds"]["ntp"]["median"]
+        result["ntp_tokens_per_s"] = rate
+        result["ntp_mfu"] = found["ntp mfu"] = rate * per_token / peak
+    if result["shape"] == "olmo2-1b":
+        result["verdicts"] = {name: _verdict(value, *LIMITS[name]) for name, value in found.items()}
+
+
+def _verdict(value: float, sign: str, must: float | None, aim: float) -> dict[str, Any]:
+    def reached(limit: float) -> bool:
+        return value <= limit if sign == "<=" else value >= limit
+
+    found = {"value": value, "aim": f"{sign} {aim}", "aim_met": reached(aim)}
+    return found if must is None else found | {"must": f"{sign} {must}", "met": reached(must)}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--shape", choices=SHAPES, help="default: olmo2-1b on CUDA, small on CPU")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all on CUDA, ntp and remit on CPU")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=10, help="steps of each arm that count")
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    device = platform.activate(arguments.device)
-    name = arguments.shape or ("olmo2-1b" if device.type == "cuda" else "small")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    device = platform.activate(options.device)
+    cuda = device.type == "cuda"
+    name = options.shape or ("olmo2-1b" if cuda else "small")
+    # FP8 on a CPU is for tests: its products are slower than float32's.
+    arms = list(dict.fromkeys(options.arms or (ARMS if cuda else ("ntp", "remit"))))
     dist.init_process_group(platform.backend(device), store=dist.HashStore(), rank=0, world_size=1)
-    bench = Bench(SHAPES[name], device)
-    result = describe(bench, name) | measure(bench, arguments.warmup, arguments.pairs)
-    result["peak_bytes"] = {arm: bench.peak_bytes(arm) for arm in bench.arms} if device.type == "cuda" else {
-        "process": bench.peak_bytes("remit")
-    }  # fmt: skip
-    peak = flops.peak_flops(device)
-    if peak:
-        per_token = flops.training_flops_per_token(SHAPES[name]["shape"], None, SHAPES[name]["sequence_length"])
-        rate = result["tokens_per_step"] / result["step_seconds"]["ntp"]["median"]
-        result["ntp_tokens_per_s"], result["ntp_mfu"] = rate, rate * per_token / peak
+    try:
+        bench = Bench(SHAPES[name], device, arms)
+        result = describe(bench, name) | measure(bench, options.warmup, options.pairs)
+        add_peaks(bench, result)
+    finally:
+        dist.destroy_process_group()
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    try:
+        result = run(options)
+    except UserError as error:
+        print(f"step.py: {error}", file=sys.stderr)
+        return error.exit_code
     text = json.dumps(result, indent=1)
     print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
-    dist.destroy_process_group()
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

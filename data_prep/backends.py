@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,12 +90,12 @@ class TokenizerFile:
         if token is None:
             origin = f"{self.path.parent / 'tokenizer_config.json'}: eos_token"
             token = self._configured_eos()
-        ids = _load_hf(self.content, self.path).get_vocab(with_added_tokens=True)
-        if token is None or token not in ids:
+        found = _load_hf(self.content, self.path).token_to_id(token) if token else None
+        if found is None:
             known = ", ".join(sorted(self.added_tokens)[:12]) or "none"
             said = f"'{token}' is no token of {self.path}" if token else f"{origin} is missing"
             raise UserError(f"--append-eod: {said}; name the EOD token with --eod-token (added tokens: {known})")
-        return int(ids[token])
+        return int(found)
 
     def _configured_eos(self) -> str | None:
         config = self.path.parent / "tokenizer_config.json"
@@ -159,11 +160,15 @@ class Gigatoken:
             return ids, np.array([len(ids)], dtype=np.int64)
         if not texts:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
-        if any(isinstance(text, bytes) for text in texts):
+        if bytes in set(map(type, texts)):
             texts = [text.encode() if isinstance(text, str) else text for text in texts]
         layout = self._tokenizer.encode_batch(list(texts), parallel=False).layout.to_ListOffsetArray64(True)
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[: offsets[-1]], np.diff(offsets)
+
+
+def backend_version(name: str) -> str:
+    return f"{name} {importlib.metadata.version(name)}"
 
 
 def open_backend(name: str, file: TokenizerFile) -> Backend:
@@ -230,10 +235,9 @@ def added_token_texts(file: TokenizerFile) -> list[str]:
 
 def character_texts() -> list[str]:
     """Every character below U+20000 but surrogates, CJK, Hangul and private use, which behave alike."""
-    regular = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xD800, 0xF8FF), (0x17000, 0x18CFF))
-    characters = [c for c in range(1, 0x20000) if not any(low + 64 <= c <= high for low, high in regular)]
-    characters = [c for c in characters if not 0xD800 <= c < 0xE000]
-    return ["".join(map(chr, characters[i : i + 1000])) for i in range(0, len(characters), 1000)]
+    kinds = ((1, 0x3440), (0x4DC0, 0x4E40), (0xA000, 0xAC40), (0xD7A4, 0xD800), (0xF900, 0x17040), (0x18D00, 0x20000))
+    text = "".join(map(chr, chain.from_iterable(range(low, high) for low, high in kinds)))
+    return [text[start : start + 1000] for start in range(0, len(text), 1000)]
 
 
 def limit_threads() -> None:

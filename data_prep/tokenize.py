@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.assemble import Assembler, finish, remove_folder
-from data_prep.backends import TokenizerFile, choose_backend, clip, limit_threads, open_backend
+from data_prep.backends import TokenizerFile, backend_version, choose_backend, clip, limit_threads
 from data_prep.inputs import TASK_BYTES, Input, Task, expand_inputs, plan_tasks, take_shard
 from data_prep.progress import Meter
 from data_prep.readers import read_task
@@ -29,7 +29,7 @@ from remit_megatron.errors import RunError, UserError
 
 SAMPLE_TASKS = 8
 SAMPLE_DOCUMENTS = 100
-SAMPLE_CHARACTERS = 2 << 20
+SAMPLE_CHARACTERS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def _run(settings: TokenizeSettings, plan: Plan) -> Manifest:
     job = plan.job
     assembler = Assembler(job.folder, len(plan.tasks), dtype_for(job.vocab_size), settings.max_bad)
     workers = min(settings.workers or len(os.sched_getaffinity(0)), len(plan.tasks))
-    _say(f"{job.backend} {plan.version}, {workers} workers, {len(plan.tasks)} pieces: {plan.why}")
+    _say(f"{plan.version}, {workers} workers, {len(plan.tasks)} pieces: {plan.why}")
     meter = Meter(sum(task.size for task in plan.tasks), done=assembler.state.disk_bytes)
     try:
         assembler.advance()
@@ -193,10 +193,10 @@ def _make_plan(settings: TokenizeSettings, inputs: list[Input], file: TokenizerF
         max_bad=settings.max_bad,
         part_bytes=settings.part_bytes,
     )
-    plan = Plan(job=job, inputs=inputs, tasks=tasks, version=open_backend(backend, file).version, why=why)
+    plan = Plan(job=job, inputs=inputs, tasks=tasks, version=backend_version(backend), why=why)
     plan.identity = {
         "tokenizer": file.hash,
-        "backend": f"{backend} {plan.version}",
+        "backend": plan.version,
         "vocab_size": vocab_size,
         "eod_id": eod_id,
         "text_key": settings.text_key,
@@ -247,7 +247,7 @@ def _manifest_identity(settings: TokenizeSettings, plan: Plan) -> dict[str, Any]
         "command": "tokenize",
         "inputs": [source.provenance() for source in plan.inputs],
         "text_key": job.text_key,
-        "backend": f"{job.backend} {plan.version}",
+        "backend": plan.version,
         "shard": list(settings.shard) if settings.shard else None,
     }
     return {

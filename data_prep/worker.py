@@ -184,6 +184,10 @@ def _fill(
 
 def _groups(texts: list[str | bytes]) -> Iterator[list[str | bytes]]:
     """Large texts alone, so that no batch holds several; the list is emptied to free each one as it is done."""
+    if max(map(len, texts), default=0) < LARGE_BYTES:
+        if texts:
+            yield texts
+        return
     group: list[str | bytes] = []
     texts.reverse()
     while texts:

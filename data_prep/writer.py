@@ -165,7 +165,8 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> int:
     if not len(tokens):
         return 0
     assert tokens.dtype.kind in "iu", f"ids are integers, not {tokens.dtype}"
-    smallest, largest = int(tokens.min()), int(tokens.max())
+    smallest = int(tokens.min()) if tokens.dtype.kind == "i" else 0
+    largest = int(tokens.max())
     if smallest < 0 or largest >= vocab_size:
         wrong = smallest if smallest < 0 else largest
         raise UserError(

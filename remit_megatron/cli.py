@@ -43,6 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(check)
     check.set_defaults(func=_check)
 
+    plan = commands.add_parser("plan", help="memory and time that a recipe takes on so many GPUs")
+    _add_recipe(plan)
+    plan.add_argument("--gpus", type=_positive, required=True, metavar="N")
+    plan.add_argument("--gpu", default="H100", help="kind; default: H100")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is reached; default: 0.4")
+    plan.set_defaults(func=_plan)
+
     doctor = commands.add_parser("doctor", help="versions, devices, and which optional parts are usable here")
     doctor.set_defaults(func=_doctor)
     from data_prep import cli as data_cli
@@ -101,6 +108,15 @@ def _check(arguments: argparse.Namespace) -> int:
     from remit_megatron.train.check import check_recipe
 
     print(check_recipe(load_recipe(arguments.recipe, arguments.overrides)))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from remit_megatron.config import load_recipe
+    from remit_megatron.plan import plan
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(plan(recipe, arguments.gpus, arguments.gpu, arguments.mfu))
     return 0
 
 

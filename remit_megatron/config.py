@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from remit_megatron.errors import UserError
 from remit_megatron.objectives import Objective, build_objective
+from remit_megatron.objectives.base import check_by_sample
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -28,7 +29,9 @@ class Model(Section):
     """The student. Shapes may be left out where `init` names a checkpoint, which carries its own."""
 
     init: str | None = None
-    """Checkpoint folder (or a run folder: its latest) to take the initial weights from; none: random weights."""
+    """Initial weights: a checkpoint folder, a run folder (its latest), or a Hugging Face folder; none: random."""
+    preset: str | None = None
+    """Published sizes by name: `olmo2_1b`, `smollm3_3b`, `youtu_2b`. What `init` has must agree with them."""
     num_layers: Positive | None = None
     hidden_size: Positive | None = None
     ffn_hidden_size: Positive | None = None
@@ -54,11 +57,13 @@ class Reference(Section):
     """The frozen model whose confidence weights the tokens."""
 
     path: str
-    """Checkpoint folder, or a run folder: its latest. It may differ from the student in width and depth."""
+    """Checkpoint, run or Hugging Face folder, as `model.init`. It may differ from the student in width and depth."""
     head_chunk_tokens: Positive = 2048
     """Tokens whose reference logits exist at one time."""
     merge_microbatches: Positive = 1
     """Microbatches that the reference scores in one pass."""
+    precision: Literal["same", "fp8"] = "same"
+    """`fp8`: the layers' linears multiply in 8 bits. What that does to scores and weights is measured at the start."""
 
 
 class Source(Section):
@@ -155,6 +160,9 @@ class Compute(Section):
     """`full` keeps one activation a layer and computes the rest again in backward."""
     loss_implementation: Literal["auto", "torch", "triton"] = "auto"
     """Of the token NLL; `remit doctor` says what auto is here."""
+    loss_head: Literal["logits", "sequence_chunks"] = "logits"
+    """`sequence_chunks` forms the student's logits one sample at a time, so [s, b, V] never exists: for long contexts.
+    Its gradients are formed in forward, and the head's is rounded once a sample."""
     threads: Positive | None = None
     """CPU threads a rank; default: the machine's cores over its local ranks."""
     collective_timeout_s: Positive = 600
@@ -229,6 +237,7 @@ class Recipe(Section):
         settings["precision"] = self.compute.precision
         if self.reference:
             settings["reference"] = self.reference.path
+            settings["reference_precision"] = self.reference.precision
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     @model_validator(mode="after")
@@ -240,6 +249,8 @@ class Recipe(Section):
             raise UserError(
                 f"[reference] is given but objective.name = '{objective.name}' uses none: remove one of them"
             )
+        if self.compute.loss_head == "sequence_chunks":
+            check_by_sample(objective)
         if self.optimizer.min_lr > self.optimizer.peak_lr:
             raise UserError("optimizer.min_lr must not exceed optimizer.peak_lr")
         self._check_layout()

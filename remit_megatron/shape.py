@@ -101,12 +101,13 @@ def resolve_shape(model: Model, carried: ModelShape | None = None) -> ModelShape
     Raises UserError naming a key that is missing, contradicts the checkpoint, or is inconsistent.
     """
     given = {k: v for k, v in model.model_dump().items() if k in ModelShape.model_fields and v is not None}
+    source = "the checkpoint of model.init" + (" or model.preset" if model.preset else "")
     if carried is not None:
         for key, value in given.items():
             if value != getattr(carried, key):
                 raise UserError(
-                    f"model.{key} = {value} contradicts the checkpoint of model.init, which has "
-                    f"{getattr(carried, key)}: remove the key or name another checkpoint"
+                    f"model.{key} = {value} contradicts {source}, which has {getattr(carried, key)}: remove the key or "
+                    "name another checkpoint"
                 )
         return carried
     for key in REQUIRED:

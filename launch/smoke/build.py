@@ -28,16 +28,16 @@ class Settings:
     """How much of what. Streams of problems differ by seed; training and held-out streams share no canonical form."""
 
     seed: int = 1
-    code_files: int = 400
+    code_files: int = 200
     """Training files, at most."""
-    statements: int = 4_000
+    statements: int = 8_000
     """Problems in two wordings and without a solution, for the general mix."""
     worked: int = 20_000
     """Problems with solution, for mid-training."""
     solutions: int = 10_000
     """Problems with solution, for the reference."""
-    held_out_nll: int = 400
-    held_out_exact: int = 200
+    held_out_nll: int = 500
+    held_out_exact: int = 250
     vocab_size: int = smoke_tokenizer.VOCAB_SIZE
     tokenizer_code_files: int = 150
     tokenizer_problems: int = 3_000

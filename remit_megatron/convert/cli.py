@@ -51,8 +51,9 @@ def _import(arguments: argparse.Namespace) -> int:
     from remit_megatron.convert.hub import local_folder
     from remit_megatron.convert.importer import import_folder
 
-    import_folder(local_folder(arguments.source, "HF_FOLDER"), Path(arguments.checkpoint), _dtype(arguments.dtype))
-    print(f"{arguments.checkpoint}: converted from {arguments.source}")
+    source = local_folder(arguments.source, "HF_FOLDER")
+    kind = import_folder(source, Path(arguments.checkpoint), _dtype(arguments.dtype))
+    print(f"{arguments.checkpoint}: converted from {arguments.source}, weights in {kind}")
     return 0
 
 

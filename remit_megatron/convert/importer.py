@@ -11,16 +11,18 @@ import torch
 from remit_megatron.convert.progress import ByteProgress
 from remit_megatron.convert.weights import check_tensors, choose_dtype, fill, places
 from remit_megatron.errors import UserError
-from remit_megatron.hf import tokenizer
 from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import HFFolder
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import whole_model
 from remit_megatron.train.checkpoint import Meta
+from remit_megatron.train.hf_source import origin
 
 
-def import_folder(source: Path, target: Path, dtype: torch.dtype | None = None, quiet: bool = False) -> None:
+def import_folder(source: Path, target: Path, dtype: torch.dtype | None = None, quiet: bool = False) -> str:
     """Convert the weights of `source` into the new folder `target`, bit for bit unless `dtype` asks for a cast.
+
+    Returns what the weights are now, and whether they were rounded.
 
     The checkpoint records its origin, so that it may serve as a reference. Memory: the model and one tensor. The
     process must not use another device than the CPU. Raises UserError, and leaves nothing behind, for whatever in the
@@ -45,20 +47,15 @@ def import_folder(source: Path, target: Path, dtype: torch.dtype | None = None, 
             meta = Meta(
                 shape=shape.model_dump(),
                 precision="bf16" if dtype is torch.bfloat16 else "fp32",
-                origin=origin(folder),
+                origin=origin(folder, folder.content_key()),
             )
             (partial / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
             partial.chmod(0o755)
             partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def origin(folder: HFFolder) -> dict[str, str]:
-    """What a converted checkpoint says of where it came from."""
-    parts = tokenizer.content(folder.path)
-    known = {"tokenizer": tokenizer.fingerprint(parts)} if parts else {}
-    return {"format": "huggingface", "source": str(folder.path), "content": folder.content_key(), **known}
+    rounded = dtype is torch.bfloat16 and folder.dtypes() != {torch.bfloat16}
+    return str(dtype).removeprefix("torch.") + (", rounded as asked" if rounded else "")
 
 
 def _bytes(folder: HFFolder) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from remit_megatron.data.loader import BatchPlan, Sample, Step
+from remit_megatron.data.loader import BatchPlan, Sample, Step, stack_arrays
 from remit_megatron.errors import UserError
 
 
@@ -46,8 +46,8 @@ class DaliLoader:
             step, number = divmod(index, plan.num_microbatches)
             if step >= plan.num_steps:
                 raise StopIteration
-            samples = [sample(n) for n in plan.microbatches(step)[number]]
-            return [np.stack([s[key] for s in samples]) for key in self.keys]
+            batch = stack_arrays([sample(n) for n in plan.microbatches(step)[number]])
+            return [batch[key] for key in self.keys]
 
         with self._pipeline:
             outputs = fn.external_source(

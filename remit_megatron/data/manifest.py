@@ -69,7 +69,7 @@ class Manifest(BaseModel):
             manifest = Manifest.model_validate(content)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise UserError(f"{path}: no valid manifest ({reason}); {remedy}") from None
         if manifest.format != FORMAT:

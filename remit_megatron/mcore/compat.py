@@ -37,6 +37,17 @@ def has_apex() -> bool:
     return importable("apex.optimizers")
 
 
+def describe_fp8(device_type: str) -> tuple[bool, str]:
+    """Whether reference.precision = "fp8" can run on a device ("cpu", "cuda"), and why or why not."""
+    if device_type != "cuda":
+        return True, "torch's scaled product on the CPU: for tests, not for speed"
+    capability = torch.cuda.get_device_capability()
+    have = f"compute capability {capability[0]}.{capability[1]}"
+    if capability < (8, 9):
+        return False, f"{have}: needs 8.9 or newer"
+    return True, f"{have}, torch's scaled product"
+
+
 def align_optimizer_state(optimizer: Any) -> None:
     """Make the distributed optimizer's checkpoint hold each state under its own parameter.
 

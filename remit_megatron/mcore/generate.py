@@ -74,7 +74,7 @@ def _next_token(model: Any, text: Tensor, lengths: Tensor, groups: Groups) -> Te
     positions = torch.arange(text.size(1), device=text.device).expand_as(text)
     hidden = model(text, positions, None)  # [b, s, h]
     last = hidden[torch.arange(len(text), device=text.device), lengths - 1]
-    logits = (last @ model.output_layer.scoring_weight.t()).float()  # [b, V/tp]
+    logits = (last @ model.head_weight().t()).float()  # [b, V/tp]
     first = groups.tp.rank() * logits.size(1)
     column = first + torch.arange(logits.size(1), device=logits.device)
     logits = logits.masked_fill(column >= model.valid_vocab, -torch.inf)

@@ -32,6 +32,8 @@ class Build:
     init_std: float = 0.02
     initialize: bool = True
     """False: weights are left as allocated, for a model that is about to be filled."""
+    loss_head: str = "logits"
+    """Of a student; see RemitGPTModel."""
     loss_implementation: str = "auto"
     head_chunk_tokens: int = 2048
 
@@ -164,6 +166,7 @@ def _build_chunk(
         valid_vocab=shape.vocab_size,
         scorer=scorer,
         head_chunk_tokens=build.head_chunk_tokens,
+        loss_head=build.loss_head,
         loss_implementation=build.loss_implementation,
         **stage,
     )

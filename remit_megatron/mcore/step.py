@@ -5,7 +5,9 @@ A step's microbatches are read once. The frozen reference runs over them forward
 ordinary training schedule runs with the same microbatches. Scores that are already in a batch are used as they are.
 """
 
+import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +20,9 @@ from remit_megatron.mcore.attention import zigzag_slice
 from remit_megatron.mcore.groups import Groups, current_groups
 from remit_megatron.mcore.loss_hook import RemitGPTModel
 from remit_megatron.objectives import Objective
-from remit_megatron.objectives.base import TokenStats
+from remit_megatron.objectives.base import LossSum, TokenStats, check_by_sample
+from remit_megatron.ops.distillation import Teacher
+from remit_megatron.ops.selection import top_share_of_all
 
 Batch = dict[str, Tensor]
 """One microbatch, the whole sample on every rank. All [b, s]:
@@ -29,7 +33,7 @@ position_ids     int64; default 0..s-1
 segment_ids      int64, the document of each label within its sample, for document centring; optional
 documents        int64, the document of each input token, for attention inside documents; optional
 ref_nll          float32, nats, scores made ahead; optional
-sample_id        int64 [b], optional, not used here
+sample_id        int64 [b], identity of each sample, for weights shuffled within it; optional
 """
 
 
@@ -59,6 +63,8 @@ class ForwardStep:
         self.reference = reference
         self.groups = groups
         self.merge_microbatches = merge_microbatches
+        self.step = 0
+        """Number of the optimizer step, for objectives that draw random numbers; the training loop sets it."""
         self._checked: set[int] = set()
 
     def prepare(self, data_iterator: Iterator[Batch], num_microbatches: int, chunks: list[Any] | Any) -> Any:
@@ -67,28 +73,83 @@ class ForwardStep:
         chunks: the student's model chunks on this rank, for the number of iterators the schedule expects.
         """
         batches = [dict(next(data_iterator)) for _ in range(num_microbatches)]
-        if self.objective.needs_reference and "ref_nll" not in batches[0]:
+        if self.objective.needs_reference:
             self.score(batches)
+        self.select(batches, chunks if isinstance(chunks, list) else [chunks])
         return schedule_iterators(batches, chunks)
 
     @torch.no_grad()
     def score(self, batches: list[Batch]) -> None:
-        """Run the reference over `batches` and add `ref_nll_local` [b, s/cp] to each, on last-stage ranks."""
+        """Run the reference over `batches` that carry no scores, and add to each, on last-stage ranks, `ref_nll_local`
+        [b, s/cp], or `ref_hidden_local` [b, s/cp, h] for an objective that needs the reference's whole distribution."""
+        if self._is_scored(batches[0]):
+            return
         if not self.reference:
             raise UserError(
                 f"objective '{self.objective.name}' needs ref_nll: give make_forward_step a reference, or put scores "
                 "into the batches"
             )
+        head = unwrap(self.reference[-1])
+        with head.hidden_states() if self._needs_hidden else contextlib.nullcontext():
+            scores = self.nll_of(self.reference, batches)
+        if self.groups.is_last_stage:
+            for batch, score in zip(batches, scores, strict=True):
+                if self._needs_hidden:
+                    batch["ref_hidden_local"] = score.to(head.head_weight().dtype)
+                else:
+                    batch["ref_nll_local"] = score
+
+    @property
+    def _needs_hidden(self) -> bool:
+        return getattr(self.objective, "needs_reference_hidden", False)
+
+    def _is_scored(self, batch: Batch) -> bool:
+        scores = {"ref_hidden_local"} if self._needs_hidden else {"ref_nll", "ref_nll_local"}
+        return bool(scores & batch.keys())
+
+    @torch.no_grad()
+    def nll_of(self, chunks: list[Any], batches: list[Batch]) -> list[Tensor]:
+        """NLL [b, s/cp] of each batch under a rank's model chunks, on last-stage ranks; elsewhere an empty list."""
         k = self.merge_microbatches
         merged = [_concatenate(batches[i : i + k]) for i in range(0, len(batches), k)]
         if len({len(b["tokens"]) for b in merged}) > 1:  # p2p shapes are fixed within one schedule run
-            merged, k = [_concatenate([b]) for b in batches], 1
+            merged = [_concatenate([b]) for b in batches]
         scores: list[Tensor] = []
-        run_schedule(functools.partial(self._score_step, scores), merged, self.reference, forward_only=True)
-        if self.groups.is_last_stage:
-            sizes = [len(b["tokens"]) for b in batches]
-            for batch, ref_nll in zip(batches, torch.cat(scores).split(sizes), strict=True):
-                batch["ref_nll_local"] = ref_nll
+        run_schedule(functools.partial(self._score_step, scores), merged, chunks, forward_only=True)
+        if not self.groups.is_last_stage:
+            return []
+        return list(torch.cat(scores).split([len(b["tokens"]) for b in batches]))
+
+    @torch.no_grad()
+    def select(self, batches: list[Batch], chunks: list[Any]) -> None:
+        """For an objective whose tokens compete over the whole step: add `selected_local` [b, s/cp] to each batch.
+
+        Runs the student forward-only over the scored batches first, and nothing for any other objective.
+        """
+        share = getattr(self.objective, "global_share", None)
+        if share is None:
+            return
+        scores = self.nll_of(chunks, batches)
+        if not self.groups.is_last_stage:
+            return
+        if "sample_id" not in batches[0]:
+            raise UserError(f"objective '{self.objective.name}' with scope = 'global' needs sample_id in each batch")
+        parts = [self.local_batch(batch, chunks[-1]) for batch in batches]
+        selected = top_share_of_all(
+            [nll.double() - part["ref_nll"].double() for nll, part in zip(scores, parts, strict=True)],
+            [part["loss_mask"] for part in parts],
+            share,
+            sample_ids=[part["sample_id"] for part in parts],
+            positions=self._positions(scores[0]),
+            group=self.groups.dp_cp,
+        )
+        for batch, one in zip(batches, selected, strict=True):
+            batch["selected_local"] = one
+
+    def _positions(self, local: Tensor) -> Tensor:
+        """[s/cp] int64: places in the whole sample of the positions of `local` [b, s/cp]."""
+        place = torch.arange(local.size(1) * self.groups.cp.size(), device=local.device)
+        return zigzag_slice(place[None], self.groups.cp.rank(), self.groups.cp.size())[0]
 
     def _score_step(self, scores: list[Tensor], iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
         nll, local = self._forward(next(iterator), model)
@@ -101,47 +162,98 @@ class ForwardStep:
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator)
-        inline = self.objective.needs_reference and "ref_nll" not in batch and "ref_nll_local" not in batch
-        if inline and self.groups.is_last_stage:
+        if self.objective.needs_reference and not self._is_scored(batch) and self.groups.is_last_stage:
             if self.groups.pp.size() > 1:
                 raise UserError("with pipeline parallelism call forward_step.prepare(...) before each step's schedule")
             batch = dict(batch)
             self.score([batch])
-        output, local = self._forward(batch, model)
+        if (
+            getattr(self.objective, "global_share", None)
+            and "selected_local" not in batch
+            and self.groups.is_last_stage
+        ):
+            raise UserError("with scope = 'global' call forward_step.prepare(...) before each step's schedule")
+        hook = unwrap(model)
+        if isinstance(hook, RemitGPTModel) and hook.post_process and hook.loss_head == "sequence_chunks":
+            return self._forward_by_sequence(batch, model)
+        with self._distillation(batch, hook):
+            output, local = self._forward(batch, model)
         return output, functools.partial(self.loss, local)
 
-    def loss(self, local: Batch, nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(sum, integer count, report) as Megatron's schedule takes them. A report is [numerator, denominator]."""
-        stats = TokenStats(
-            nll=nll.float(),
-            ref_nll=local.get("ref_nll"),
-            mask=local["loss_mask"].float(),
-            segment_ids=local.get("segment_ids"),
-            cp_group=self.groups.cp,
+    def _distillation(self, batch: Batch, hook: Any) -> contextlib.AbstractContextManager[None]:
+        """Hands the reference's distribution of this microbatch to the hook where the objective needs it."""
+        if not (self._needs_hidden and hook.post_process):
+            return contextlib.nullcontext()
+        head = unwrap(self.reference[-1])
+        teacher = Teacher(
+            hidden=batch["ref_hidden_local"].transpose(0, 1),
+            weight=head.head_weight(),
+            temperature=self.objective.temperature,
+            chunk_tokens=head.head_chunk_tokens,
         )
-        out = self.objective(stats)
-        report = {name: torch.stack([m.num, m.den]) for name, m in out.metrics.items()}
-        return out.loss_sum, out.num_tokens, report
+        return hook.distilled_from(teacher)
+
+    def _forward_by_sequence(self, batch: Batch, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """The model runs the objective itself, sample by sample, and its output is the loss sum."""
+        check_by_sample(self.objective)
+        local, hook = self.local_batch(batch, model), unwrap(model)
+        parts: list[LossSum] = []
+
+        def loss_of_sequence(i: int, nll: Tensor) -> Tensor:
+            part = self.objective(self.token_stats(local, nll, slice(i, i + 1)))
+            parts.append(part)
+            return part.loss_sum
+
+        with hook.loss_by_sequence(loss_of_sequence):
+            loss_sum = self._run(local, model)
+        assert len(parts) == len(local["labels"]), "the objective must run once a sample"
+        return loss_sum, lambda output: _for_schedule(_add(output, parts))
+
+    def loss(self, local: Batch, nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(sum, integer count, report) as Megatron's schedule takes them. A report is [numerator, denominator].
+
+        nll: [b, s/cp], or [2, b, s/cp] with the KL for an objective that distils.
+        """
+        if self._needs_hidden:
+            nll, local = nll[0], {**local, "kl": nll[1]}
+        return _for_schedule(self.objective(self.token_stats(local, nll.float())))
+
+    def token_stats(self, local: Batch, nll: Tensor, samples: slice = slice(None)) -> TokenStats:
+        """What an objective takes, of some samples of a rank's batch; nll [.., s/cp] is of these samples only."""
+        known = ("ref_nll", "segment_ids", "sample_id", "selected", "kl")
+        parts: Any = {key: local[key][samples] for key in known if key in local}
+        mask = local["loss_mask"][samples].float()
+        position = {"positions": self._positions(mask), "cp_group": self.groups.cp}
+        return TokenStats(nll=nll, mask=mask, step=self.step, **position, **parts)
 
     def _forward(self, batch: Batch, model: Any) -> tuple[Tensor, Batch]:
         """Slice the batch for this context-parallel rank and run the model; returns its output and the slice."""
+        local = self.local_batch(batch, model)
+        return self._run(local, model), local
+
+    def local_batch(self, batch: Batch, model: Any) -> Batch:
+        """This context-parallel rank's part of the batch, on the model's device; `documents` stays whole."""
         hook = unwrap(model)
         self._check(hook)
         device = hook.device_of_weights()
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        documents, ref_nll = batch.pop("documents", None), batch.pop("ref_nll_local", None)
+        whole = {"documents": batch.pop("documents")} if "documents" in batch else {}
+        # Computed on this rank, so cut already; they replace what came with the batch.
+        whole |= {k.removesuffix("_local"): batch.pop(k) for k in tuple(batch) if k.endswith("_local")}
         batch.setdefault(
             "position_ids", torch.arange(batch["tokens"].size(1), device=device).expand_as(batch["tokens"])
         )
         size, rank = self.groups.cp.size(), self.groups.cp.rank()
         local = {k: zigzag_slice(v, rank, size) if v.ndim == 2 else v for k, v in batch.items()}
-        if ref_nll is not None:
-            local["ref_nll"] = ref_nll
+        return local | whole
+
+    def _run(self, local: Batch, model: Any) -> Tensor:
+        hook = unwrap(model)
         masked = local["labels"].masked_fill(local["loss_mask"] == 0, -100)
         calls = hook.loss_calls
-        output = model(local["tokens"], local["position_ids"], documents, labels=masked)
+        output = model(local["tokens"], local["position_ids"], local.get("documents"), labels=masked)
         assert hook.loss_calls - calls == int(hook.post_process), "the loss hook must fire once a microbatch"
-        return output, local
+        return output
 
     def _check(self, model: Any) -> None:
         """Refuse, once a model, the configurations that Megatron accepts and computes wrongly."""
@@ -157,8 +269,8 @@ class ForwardStep:
             )
         if self.groups.pp.size() == 2 and config.virtual_pipeline_model_parallel_size and config.batch_p2p_comm:
             raise UserError(
-                "pipeline 2 with virtual stages needs overlap_p2p_comm=True and batch_p2p_comm=False: batched p2p mixes "
-                "activations and gradients silently"
+                "pipeline 2 with virtual stages needs overlap_p2p_comm=True and batch_p2p_comm=False: batched p2p "
+                "mixes activations and gradients silently"
             )
         self._checked.add(id(model))
 
@@ -194,6 +306,17 @@ def unwrap(model: Any) -> Any:
     while not isinstance(model, RemitGPTModel) and hasattr(model, "module"):
         model = model.module
     return model
+
+
+def _for_schedule(out: LossSum) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    return out.loss_sum, out.num_tokens, {name: torch.stack([m.num, m.den]) for name, m in out.metrics.items()}
+
+
+def _add(loss_sum: Tensor, parts: list[LossSum]) -> LossSum:
+    """Counts and metrics of samples added up, with the loss sum that carries their gradients."""
+    metrics = {name: functools.reduce(operator.add, (p.metrics[name] for p in parts)) for name in parts[0].metrics}
+    num_tokens = functools.reduce(operator.add, (p.num_tokens for p in parts))
+    return LossSum(loss_sum=loss_sum, num_tokens=num_tokens, metrics=metrics)
 
 
 def _concatenate(batches: list[Batch]) -> Batch:

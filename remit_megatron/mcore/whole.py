@@ -15,6 +15,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.mcore import platform
 from remit_megatron.mcore.groups import initialize_groups
 from remit_megatron.mcore.model import Build, build_chunks
+from remit_megatron.mcore.step import unwrap
 from remit_megatron.shape import ModelShape
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -35,8 +36,9 @@ def whole_model(shape: ModelShape, dtype: torch.dtype, max_sequence_length: int 
         initialize_groups(Parallel(), seed=0)
         build = Build(device=platform.CPU, dtype=dtype, initialize=False, loss_implementation="torch")
         chunks, _ = build_chunks(shape, Parallel(), build, max_sequence_length=max_sequence_length)
-        chunks[0].eval().requires_grad_(False)
-        yield chunks[0]
+        model = unwrap(chunks[0])
+        model.eval().requires_grad_(False)
+        yield model
     finally:
         parallel_state.destroy_model_parallel()
         if alone:

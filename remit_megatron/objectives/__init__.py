@@ -6,12 +6,14 @@ from typing import Any, get_origin, get_type_hints
 
 from remit_megatron.errors import UserError
 from remit_megatron.objectives.base import LossSum, Objective, Ratio, TokenStats
+from remit_megatron.objectives.kd import KD
 from remit_megatron.objectives.ntp import NTP
 from remit_megatron.objectives.remit import Remit
+from remit_megatron.objectives.rho1 import Rho1
 
-OBJECTIVES: dict[str, type[Any]] = {"ntp": NTP, "remit": Remit}
+OBJECTIVES: dict[str, type[Any]] = {"ntp": NTP, "remit": Remit, "rho1": Rho1, "kd": KD}
 
-__all__ = ["NTP", "OBJECTIVES", "LossSum", "Objective", "Ratio", "Remit", "TokenStats", "build_objective"]
+__all__ = ["KD", "NTP", "OBJECTIVES", "LossSum", "Objective", "Ratio", "Remit", "Rho1", "TokenStats", "build_objective"]
 
 
 def build_objective(settings: dict[str, Any]) -> Objective:

@@ -6,6 +6,8 @@ from typing import ClassVar, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from remit_megatron.errors import UserError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStats:
@@ -21,6 +23,16 @@ class TokenStats:
     """[b, s] int64: document number within the whole sample, below s * cp_size. None: documents are not known."""
     cp_group: dist.ProcessGroup | None = None
     """Ranks that hold the other parts of the same samples. None: samples are whole."""
+    positions: Tensor | None = None
+    """[s] int64: place of each token in its whole sample. None: 0..s-1."""
+    sample_id: Tensor | None = None
+    """[b] int64: identity of each sample. None: not known."""
+    step: int = 0
+    """Number of the optimizer step, from 1; 0 outside of a run."""
+    kl: Tensor | None = None
+    """[b, s] float32: KL from the reference to the student, nats, differentiable. Masked entries may hold anything."""
+    selected: Tensor | None = None
+    """[b, s] float32, no graph: 1 where a selection over the whole step took the token, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +60,22 @@ class LossSum:
     loss_sum: Tensor
     """Sum over this rank's unmasked tokens, nats. Scalar float32, differentiable."""
     num_tokens: Tensor
-    """Unmasked tokens on this rank. Scalar int32: Megatron's schedule accumulates an integer."""
+    """What the sum is divided by, summed over the global batch: this rank's unmasked tokens, or those of them that an
+    objective selects. Scalar int32: Megatron's schedule accumulates an integer."""
     metrics: dict[str, Ratio]
-    """Means over unmasked tokens, by name; `loss` and `nll` always."""
+    """Means over unmasked tokens, by name; `loss` and `nll` always. `loss` is over the tokens in num_tokens."""
 
 
 class Objective(Protocol):
-    """What is minimised. One frozen dataclass an objective; its fields are its settings in the recipe."""
+    """What is minimised. One frozen dataclass an objective; its fields are its settings in the recipe.
+
+    An objective whose loss and metrics are sums over samples, each a function of that sample's scores, says so with
+    `by_sample: ClassVar[bool] = True`; compute.loss_head = "sequence_chunks" then calls it once a sample.
+
+    One that needs the reference's whole distribution says `needs_reference_hidden: ClassVar[bool] = True` and has a
+    `temperature`; it is then given `kl`. One whose tokens compete over the whole step has `global_share`, the share to
+    select; it is then given `selected`.
+    """
 
     name: ClassVar[str]
     needs_reference: ClassVar[bool]
@@ -62,6 +83,15 @@ class Objective(Protocol):
     def __call__(self, stats: TokenStats) -> LossSum:
         """Called once a microbatch on every rank that computes the loss, also where all tokens are masked."""
         ...
+
+
+def check_by_sample(objective: Objective) -> None:
+    """Raises UserError for an objective that does not say that its loss is a sum over samples."""
+    if not getattr(objective, "by_sample", False):
+        raise UserError(
+            f"compute.loss_head = 'sequence_chunks' cannot serve objective '{objective.name}', whose loss is no sum "
+            "over samples, each a function of its NLL: use 'logits'"
+        )
 
 
 def kept_tokens(stats: TokenStats) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ class NTP:
 
     name: ClassVar[str] = "ntp"
     needs_reference: ClassVar[bool] = False
+    by_sample: ClassVar[bool] = True
 
     def __call__(self, stats: TokenStats) -> LossSum:
         """Sum of the NLL over unmasked tokens. Metrics: loss, nll."""

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from remit_megatron.errors import UserError
 from remit_megatron.objectives.base import LossSum, TokenStats, kept_tokens, mean_over
+from remit_megatron.ops.selection import shuffle_in_samples
 from remit_megatron.ops.weights import remit_weights
 
 CENTERINGS = ("sample", "document")
@@ -20,9 +23,14 @@ class Remit:
     """False is the paper's ablation without clipping: weights lie in (0, 2)."""
     centering: Literal["sample", "document"] = "sample"
     """The mean gap is taken over a whole packed sample, or over each document in it."""
+    shuffle: bool = False
+    """Control: each sample's weights go to random tokens of it, so that only the choice of tokens is lost."""
+    shuffle_seed: int = 1234
+    """With the step and the sample it fixes the permutation."""
 
     name: ClassVar[str] = "remit"
     needs_reference: ClassVar[bool] = True
+    by_sample: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.epsilon <= 1.0:
@@ -30,27 +38,44 @@ class Remit:
         if self.centering not in CENTERINGS:
             raise UserError(f"objective.centering must be one of {', '.join(CENTERINGS)}, got '{self.centering}'")
 
-    def __call__(self, stats: TokenStats) -> LossSum:
-        """Sum of w * nll over unmasked tokens.
-
-        Metrics: loss, nll, ref_nll, gap, weight, weight_sq, and with clip the shares clipped_low and clipped_high.
-        """
+    def weights(self, stats: TokenStats) -> Tensor:
+        """The tokens' weights, [b, s] float32, constants for autograd; 0 at masked tokens."""
         assert stats.ref_nll is not None, "remit needs the reference's NLL"
         segment_ids = None
         if self.centering == "document":
             assert stats.segment_ids is not None, "centering by document needs segment_ids"
             segment_ids = stats.segment_ids
-        kept, nll, num_tokens = kept_tokens(stats)
-        ref_nll = stats.ref_nll.where(kept, 0.0)
-        weights = remit_weights(
+        kept, nll, _ = kept_tokens(stats)
+        return remit_weights(
             nll,
-            ref_nll,
+            stats.ref_nll.where(kept, 0.0),
             stats.mask,
             segment_ids=segment_ids,
             epsilon=self.epsilon,
             clip=self.clip,
             cp_group=stats.cp_group,
         )
+
+    def __call__(self, stats: TokenStats) -> LossSum:
+        """Sum of w * nll over unmasked tokens.
+
+        Metrics: loss, nll, ref_nll, gap, weight, weight_sq, and with clip the shares clipped_low and clipped_high.
+        """
+        assert stats.ref_nll is not None, "remit needs the reference's NLL"
+        kept, nll, num_tokens = kept_tokens(stats)
+        ref_nll = stats.ref_nll.where(kept, 0.0)
+        weights = self.weights(stats)
+        if self.shuffle:
+            assert stats.sample_id is not None, "shuffled weights need sample_id"
+            weights = shuffle_in_samples(
+                weights,
+                stats.mask,
+                seed=self.shuffle_seed,
+                step=stats.step,
+                sample_id=stats.sample_id,
+                positions=stats.positions,
+                cp_group=stats.cp_group,
+            )
         token_loss = weights * nll
         metrics = {
             "loss": mean_over(kept, token_loss),

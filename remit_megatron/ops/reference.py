@@ -3,6 +3,8 @@
 This file is the specification: every implementation is tested against it, and it imports none of them.
 """
 
+import math
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -50,6 +52,27 @@ def remit_weights(
             weight = 2.0 * torch.sigmoid(gap - gap.mean())
             weights[row, kept] = weight.clamp(1.0 - epsilon, 1.0 + epsilon) if clip else weight
     return weights
+
+
+def forward_kl(
+    logits: Tensor, reference_logits: Tensor, *, valid_vocab: int | None = None, temperature: float = 1.0
+) -> Tensor:
+    """KL(reference || student) over the valid columns, nats. Both logits [..., V] -> float64 [...]."""
+    log_p, log_q = (x.double()[..., :valid_vocab].div(temperature).log_softmax(-1) for x in (logits, reference_logits))
+    return (log_q.exp() * (log_q - log_p)).sum(dim=-1)
+
+
+def top_share(score: Tensor, mask: Tensor, share: str, scope: Literal["sequence", "microbatch"]) -> Tensor:
+    """Float64 [b, s]: 1 at the ceil(share n) highest scores of each group of n unmasked tokens, 0 elsewhere.
+
+    `share` is a decimal fraction as text. A group is a row, or everything. Ties go to the lower position, then row.
+    """
+    selected = torch.zeros(score.shape, dtype=torch.float64)
+    tokens = [(-score[b, t].item(), t, b) for b in range(len(score)) for t in range(score.shape[1]) if mask[b, t] > 0]
+    for group in [tokens] if scope == "microbatch" else [[x for x in tokens if x[2] == b] for b in range(len(score))]:
+        for _, t, b in sorted(group)[: math.ceil(Fraction(share) * len(group))]:
+            selected[b, t] = 1.0
+    return selected
 
 
 def loss(nll: Tensor, weights: Tensor, mask: Tensor) -> Tensor:

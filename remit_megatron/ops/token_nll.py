@@ -68,7 +68,7 @@ def token_nll(
     check_labels(logits, labels)
     shard = Shard.of(logits.shape[-1], valid_vocab, tp_group)
     kernels = select_kernels(implementation, logits.device.type)
-    nll: Tensor = _TokenNLL.apply(logits, labels, shard, kernels, _may_overwrite(logits))
+    nll: Tensor = _TokenNLL.apply(logits, labels, shard, kernels, is_overwritable(logits))
     return nll
 
 
@@ -129,7 +129,7 @@ class _TokenNLL(torch.autograd.Function):
         return out, None, None, None, None
 
 
-def _may_overwrite(logits: Tensor) -> bool:
+def is_overwritable(logits: Tensor) -> bool:
     """Whether the gradient may take the logits' place: they are nobody's parameter, and no two of them share memory."""
     if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
         return False

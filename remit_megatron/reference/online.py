@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from remit_megatron.config import Parallel
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.mcore import dist_checkpoint
+from remit_megatron.mcore import dist_checkpoint, fp8
 from remit_megatron.mcore.model import Build, build_chunks
 from remit_megatron.shape import ModelShape
 
@@ -20,8 +20,18 @@ from remit_megatron.shape import ModelShape
 class Reference:
     """A frozen model with the weights of a checkpoint; `chunks` are this rank's."""
 
-    def __init__(self, shape: ModelShape, path: Path, parallel: Parallel, build: Build, *, max_sequence_length: int):
-        """Build and load. Collective. Raises UserError when a weight is still at its initial value after loading."""
+    def __init__(
+        self,
+        shape: ModelShape,
+        path: Path,
+        parallel: Parallel,
+        build: Build,
+        *,
+        max_sequence_length: int,
+        precision: str = "same",
+    ):
+        """Build and load. Collective. Raises UserError when a weight is still at its initial value after loading, and
+        for precision = "fp8" where that cannot run."""
         self.device = build.device
         self.chunks: list[Any]
         self.chunks, _ = build_chunks(shape, parallel, build, max_sequence_length=max_sequence_length, scorer=True)
@@ -31,6 +41,7 @@ class Reference:
         if self._anywhere(bool(untouched)):
             raise UserError(f"reference.path: {path} left weights at their initial values: {', '.join(untouched[:3])}")
         self._checksum = dist_checkpoint.weights_checksum(self.chunks)
+        self.products = fp8.quantise(self.chunks, build.device, build.dtype) if precision == "fp8" else []
 
     def verify_frozen(self) -> None:
         """Collective. Raises RunError when the weights are not, bit for bit, those that were loaded."""

@@ -31,6 +31,8 @@ def report() -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name, reason = describe_implementation(device)
     lines.append(f"token NLL      {name} ({reason})")
+    able, reason = compat.describe_fp8(device)
+    lines.append(f"fp8 reference  {'usable' if able else 'not usable'} ({reason})")
     for distribution, (module, purpose) in OPTIONAL.items():
         lines.append(f"{distribution:19s}{_state(distribution, module):28s}{purpose}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NAMES = ("loss", "nll", "ref_nll", "gap", "weight", "weight_sq", "clipped_low", "clipped_high")
+NAMES = ("loss", "nll", "ref_nll", "gap", "weight", "weight_sq", "clipped_low", "clipped_high", "selected", "kl")
 RENAMED = {"gap": "gap_mean", "weight": "weight_mean"}
 
 
@@ -38,12 +38,18 @@ def reduce_reports(reports: list[dict[str, Tensor]], counts: bool, flags: list[f
 
 
 def read(ratios: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Means under the names of metrics.jsonl; the weights' spread instead of their square."""
+    """Means under the names of metrics.jsonl; the weights' spread instead of their square, and counts of selected and
+    of all unmasked tokens instead of their ratio."""
+    counts = {}
+    if "selected" in ratios:
+        selected, unmasked = ratios["selected"]
+        counts = {"selected_tokens": selected, "unmasked_tokens": unmasked}
+        ratios = {name: ratio for name, ratio in ratios.items() if name != "selected"}
     means = {name: num / den for name, (num, den) in ratios.items()}
     if "weight_sq" in means:
         # Never negative beyond rounding: E[w^2] - E[w]^2.
         means["weight_std"] = math.sqrt(max(0.0, means.pop("weight_sq") - means["weight"] ** 2))
-    return {RENAMED.get(name, name): value for name, value in means.items()}
+    return {RENAMED.get(name, name): value for name, value in means.items()} | counts
 
 
 class MetricsFile:

@@ -8,11 +8,14 @@ import torch
 
 from remit_megatron.config import Recipe
 from remit_megatron.errors import UserError
+from remit_megatron.hf.folder import is_hf_folder
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.model import Build, build_chunks
+from remit_megatron.presets import check_preset, preset_shape
 from remit_megatron.reference.online import Reference
 from remit_megatron.shape import ModelShape, check_layout, resolve_shape
 from remit_megatron.train.checkpoint import Meta, read_meta, resolve_checkpoint
+from remit_megatron.train.hf_source import ensure_converted, plan_conversion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +32,10 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, device_type: str) -> Plan:
-    """Resolve shapes and paths. Raises UserError for what does not fit together; reads only meta.json files."""
-    init = resolve_checkpoint(recipe.model.init, "model.init") if recipe.model.init else None
-    init_meta = read_meta(init) if init else None
-    shape = resolve_shape(recipe.model, init_meta.model_shape() if init_meta else None)
+    """Resolve shapes and paths. Raises UserError for what does not fit together; reads meta.json and Hugging Face
+    configs, and the bytes of a Hugging Face folder for their hash."""
+    init, init_meta = _find(recipe.model.init, "model.init", recipe) if recipe.model.init else (None, None)
+    shape = student_shape(recipe, init_meta.model_shape() if init_meta else None)
     check_layout(shape, recipe.parallel, "model")
     if recipe.data.document_mask and recipe.model.implementation == "transformer_engine":
         raise UserError(
@@ -40,15 +43,15 @@ def make_plan(recipe: Recipe, device_type: str) -> Plan:
         )
     reference_path = reference_meta = reference_shape = None
     if recipe.reference is not None:
-        reference_path = resolve_checkpoint(recipe.reference.path, "reference.path")
-        reference_meta = read_meta(reference_path)
+        reference_path, reference_meta = _find(recipe.reference.path, "reference.path", recipe)
         reference_shape = reference_meta.model_shape()
         if reference_shape.vocab_size != shape.vocab_size:
             raise UserError(
-                f"reference.path: its vocabulary has {reference_shape.vocab_size} rows, the model's {shape.vocab_size}: "
-                "both must have been trained with one tokenizer"
+                f"reference.path: its vocabulary has {reference_shape.vocab_size} rows, the model's "
+                f"{shape.vocab_size}: both must have been trained with one tokenizer"
             )
-        if reference_meta.step == 0:
+        _check_tokenizers(init_meta, reference_meta)
+        if reference_meta.step == 0 and reference_meta.origin is None:
             raise UserError(f"reference.path: {reference_path} was saved before its first step: it is untrained")
         check_layout(reference_shape, recipe.parallel, "reference")
     return Plan(
@@ -60,6 +63,31 @@ def make_plan(recipe: Recipe, device_type: str) -> Plan:
         reference_meta=reference_meta,
         dtype=training_dtype(recipe, device_type),
     )
+
+
+def student_shape(recipe: Recipe, carried: ModelShape | None) -> ModelShape:
+    """The student's shape: of its initial checkpoint, else of the preset, else as the recipe gives it."""
+    if recipe.model.preset is not None:
+        if carried is not None:
+            check_preset(recipe.model.preset, carried)
+        carried = carried or preset_shape(recipe.model.preset)
+    return resolve_shape(recipe.model, carried)
+
+
+def _find(path: str, key: str, recipe: Recipe) -> tuple[Path, Meta]:
+    """A checkpoint and its description; that of a Hugging Face folder is written when a model is built from it."""
+    if is_hf_folder(path):
+        return plan_conversion(path, recipe.run)
+    checkpoint = resolve_checkpoint(path, key)
+    return checkpoint, read_meta(checkpoint)
+
+
+def _check_tokenizers(init: Meta | None, reference: Meta) -> None:
+    ours, theirs = ((meta.origin or {}).get("tokenizer") if meta else None for meta in (init, reference))
+    if ours and theirs and ours != theirs:
+        raise UserError(
+            "reference.path: its tokenizer is not that of model.init: `remit convert check` tells the difference"
+        )
 
 
 def training_dtype(recipe: Recipe, device_type: str) -> torch.dtype:
@@ -78,10 +106,12 @@ def build_student(recipe: Recipe, plan: Plan, device: torch.device) -> tuple[lis
         implementation=recipe.model.implementation,
         recompute=recipe.compute.recompute == "full",
         init_std=recipe.model.init_std,
+        loss_head=recipe.compute.loss_head,
         loss_implementation=recipe.compute.loss_implementation,
     )
     chunks, config = build_chunks(plan.shape, recipe.parallel, build, max_sequence_length=recipe.data.sequence_length)
     if plan.init is not None:
+        ensure_converted(plan.init, plan.init_meta)
         dist_checkpoint.load_model(plan.init, chunks)
     return chunks, config
 
@@ -90,7 +120,9 @@ def build_reference(recipe: Recipe, plan: Plan, device: torch.device) -> Referen
     """The frozen reference on this rank, loaded and checked; None when the objective needs none."""
     if recipe.reference is None:
         return None
-    assert plan.reference_shape is not None and plan.reference_path is not None
+    assert plan.reference_shape is not None
+    assert plan.reference_path is not None
+    ensure_converted(plan.reference_path, plan.reference_meta)
     build = Build(
         device=device,
         dtype=plan.dtype,
@@ -104,4 +136,5 @@ def build_reference(recipe: Recipe, plan: Plan, device: torch.device) -> Referen
         recipe.parallel,
         build,
         max_sequence_length=recipe.data.sequence_length,
+        precision=recipe.reference.precision,
     )

@@ -91,9 +91,7 @@ def test_structure(name: str, with_manifest: bool, dataset: str) -> None:
 
 
 def test_every_bit_of_idx(tmp_path: Path) -> None:
-    """No flipped bit of a small .idx passes, even where the structure stays possible; without manifest, none of lengths,
-    pointers, counts, dtype and header does.
-    """
+    """No flipped bit of a small .idx passes; without manifest none of header, lengths and pointers does."""
     prefix = str(tmp_path / "data")
     write_dataset(prefix, [[1, 2, 3], [4], [5, 6]], vocab_size=9, append_eod=False)
     original = idx_path(prefix).read_bytes()

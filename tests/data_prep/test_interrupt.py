@@ -221,7 +221,8 @@ def test_interrupt_from_the_keyboard(
     command = [sys.executable, "-m", "data_prep.cli", "data", "tokenize", str(corpus), "--append-eod", "--workers", "1"]
     command += ["--tokenizer", str(tokenizer_dirs["olmo2"]), "--output", str(tmp_path / "data")]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(1.0)
+    while not Path(f"{tmp_path}/data.parts").exists() and first.poll() is None:
+        time.sleep(0.005)
     first.terminate()
     first.wait()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

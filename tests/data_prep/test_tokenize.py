@@ -3,7 +3,10 @@
 import gzip
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -349,3 +352,31 @@ def test_special_tokens_in_text_are_those_tokens(
     path = write_jsonl(tmp_path / "in.jsonl", [f"a{EOD}b"])
     run(path, tokenizer_dirs["olmo2"], tmp_path / "data")
     assert np.count_nonzero(open_index(tmp_path / "data").tokens == 0) == 2
+
+
+def test_job_array_template(tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[Path, Path]) -> None:
+    """slurm/tokenize.sbatch as two array tasks and a merge, with the variables that SLURM sets; then once more."""
+    root = Path(__file__).parents[2]
+    lines = plain[0].read_bytes().splitlines(keepends=True)
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.jsonl").write_bytes(b"".join(lines[150 * number : 150 * (number + 1) or None]))
+    (tmp_path / "in" / "2.jsonl").write_bytes(b"".join(lines[300:]))
+    (tmp_path / "remit").write_text(f'#!/bin/sh\ncd "{root}" && exec "{sys.executable}" -m data_prep.cli "$@"\n')
+    (tmp_path / "remit").chmod(0o755)
+    variables = {"INPUT": f"{tmp_path}/in/*.jsonl", "TOKENIZER": str(tokenizer_dirs["olmo2"])}
+    variables |= {"OUTPUT": f"{tmp_path}/data", "REMIT": f"{tmp_path}/remit", "SLURM_CPUS_PER_TASK": "1"}
+
+    def submit(**more: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(root / "slurm" / "tokenize.sbatch")]
+        return subprocess.run(command, env=os.environ | variables | more, capture_output=True, text=True)
+
+    array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "1"}
+    for task in ("0", "1", "1"):
+        done = submit(SLURM_ARRAY_TASK_ID=task, **array)
+        assert done.returncode == 0, done.stderr
+    assert "sound" in done.stdout
+    done = submit(MERGE="2")
+    assert done.returncode == 0, done.stderr
+    assert our_files(tmp_path / "data") == our_files(plain[1])
+    assert submit(SLURM_ARRAY_TASK_ID="1", SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_MAX="2").returncode == 2

@@ -93,10 +93,12 @@ def _one_model(checkpoint: Path, layout: Layout, target: Path | None) -> dict[st
     whole = tiny.batch(shape.vocab_size)
     batches = [{k: v[i : i + 1] for k, v in whole.items()} for i in range(tiny.SAMPLES)]
     logits = _logits(chunks, batches, groups)
+    held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     gradients = _gradients(chunks, config, layout, batches, groups)
     dist.barrier()
+    place = {"cp": groups.cp.rank(), "stage": groups.pp.rank(), "counts": groups.counts_loss}
     leave_layout()
-    return {"logits": logits, "gradients": gradients, "cp": groups.cp.rank(), "counts": groups.counts_loss}
+    return {"logits": logits, "gradients": gradients, "parameters": held, **place}
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from remit_megatron.mcore.model import Build, build_chunks
 from remit_megatron.mcore.platform import activate
 from remit_megatron.mcore.step import make_forward_step, run_schedule, unwrap
 from remit_megatron.objectives import TokenStats, build_objective
-from remit_megatron.ops.weights import remit_weights
 from remit_megatron.shape import ModelShape
 from remit_megatron.train.metrics import read, reduce_reports
 
@@ -112,30 +111,33 @@ def leave_layout() -> None:
 
 
 class Recorder:
-    """An objective that also keeps what it saw: nll, ref_nll and weights of each microbatch, in order."""
+    """An objective that also keeps what it saw, nll and ref_nll, and the weights it used, a microbatch each."""
 
     def __init__(self, objective: Any):
         self.objective = objective
         self.needs_reference = objective.needs_reference
         self.name = objective.name
+        self.global_share = getattr(objective, "global_share", None)
+        self.needs_reference_hidden = getattr(objective, "needs_reference_hidden", False)
+        self.temperature = getattr(objective, "temperature", None)
         self.seen: list[dict[str, torch.Tensor]] = []
 
     def __call__(self, stats: TokenStats) -> Any:
         record = {"nll": stats.nll.detach().clone(), "mask": stats.mask}
-        if self.needs_reference:
-            by_document = self.objective.centering == "document"
+        if stats.ref_nll is not None:
             record["ref_nll"] = stats.ref_nll
-            record["weight"] = remit_weights(
-                stats.nll.detach(),
-                stats.ref_nll,
-                stats.mask,
-                segment_ids=stats.segment_ids if by_document else None,
-                epsilon=self.objective.epsilon,
-                clip=self.objective.clip,
-                cp_group=stats.cp_group,
-            )
+        if stats.kl is not None:
+            record["kl"] = stats.kl.detach().clone()
+        result = self.objective(stats)
+        if stats.ref_nll is not None:
+            record["weight"] = gradient_at(result.loss_sum, stats.nll)
         self.seen.append(record)
-        return self.objective(stats)
+        return result
+
+
+def gradient_at(loss_sum: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
+    """What each token counts for in the loss."""
+    return torch.autograd.grad(loss_sum, nll, retain_graph=True)[0]
 
 
 def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
@@ -163,6 +165,7 @@ def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
         optim.zero_grads(chunks, optimizer)
         if objective.needs_reference:
             step.score(batches)
+        step.select(batches, chunks)
         reports = run_schedule(step, batches, chunks, forward_only=False)
         ratios, _ = reduce_reports(reports, groups.counts_loss, [], BUILD.device)
         _, grad_norm = optim.optimizer_step(optimizer, settings.clip_grad_norm)

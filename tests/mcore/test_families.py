@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from remit_megatron.hf.families import read_shape, tensor_names
+from remit_megatron.plan import stage_parameters
 from remit_megatron.shape import ModelShape
 from tests.hf import tiny
 from tests.mcore.families_harness import export_all, import_all, on_layouts, prepare_training
@@ -187,6 +188,15 @@ def test_gradients(layout_name: str, models: dict[str, Any], results: dict[str, 
                 problems.append(f"{name} {key}: gradient differs by {error:.1e}")
             assert not got[key][rows:].any(), f"{name} {key}: padding has a gradient"
     assert not problems, "\n".join(problems)
+
+
+def test_parameters_of_a_rank(models: dict[str, Any], results: dict[str, Any]) -> None:
+    """What `remit plan` counts is what a rank holds."""
+    for one in ALL:
+        for name, model in models.items():
+            if fits(one.name, name):
+                for rank in results[f"{one.name} {name}"]:
+                    assert stage_parameters(shape_of(model), one.parallel, rank["stage"]) == rank["parameters"]
 
 
 def test_remit_steps(results: dict[str, Any]) -> None:

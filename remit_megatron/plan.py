@@ -1,0 +1,227 @@
+"""`remit plan`: what a recipe needs on so many GPUs, in memory and time, before any of them is asked for.
+
+Weights, gradients and optimizer states are counted; activations are estimated from the tensors that autograd keeps.
+What Megatron, NCCL and the allocator take besides (1 to 4 GB a GPU) is not in the sum.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from remit_megatron.config import Parallel, Recipe
+from remit_megatron.errors import UserError
+from remit_megatron.hf.config import read_json
+from remit_megatron.hf.families import read_shape
+from remit_megatron.hf.folder import is_hf_folder
+from remit_megatron.shape import ModelShape, check_layout
+from remit_megatron.train import flops
+from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint
+from remit_megatron.train.models import student_shape
+
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Bytes on one GPU of a pipeline stage."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    reference: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, name) for name in self.__slots__)
+
+
+def stage_parameters(shape: ModelShape, parallel: Parallel, stage: int) -> int:
+    """Parameters that a rank of pipeline stage `stage` holds: exactly, whatever its tensor-parallel rank."""
+    tp, h = parallel.tensor, shape.hidden_size
+    layer = _sharded_attention(shape) // tp + _whole_attention(shape) + 3 * h * shape.ffn_hidden_size // tp + 2 * h
+    total = shape.num_layers // parallel.pipeline * layer
+    table = shape.padded_vocab(tp) // tp * h
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    # The last stage holds a copy of a tied table where the first one is elsewhere.
+    total += table if first or last else 0
+    total += table if first and last and not shape.tied_embeddings else 0
+    return total + (h if last else 0)
+
+
+def _whole_attention(shape: ModelShape) -> int:
+    """Of one layer's attention, what every tensor-parallel rank holds whole: down projections and their norms."""
+    if shape.latent is None:
+        return 2 * shape.kv_channels if shape.qk_norm == "per_head" else 0
+    m = shape.latent
+    return shape.hidden_size * (m.q_lora_rank + m.kv_lora_rank + m.qk_rope_head_dim) + m.q_lora_rank + m.kv_lora_rank
+
+
+def _sharded_attention(shape: ModelShape) -> int:
+    return shape.attention_parameters() - _whole_attention(shape)
+
+
+def layer_activation_bytes(shape: ModelShape, parallel: Parallel, element_bytes: int, fused_swiglu: bool = True) -> int:
+    """Bytes that one layer keeps for backward for a token on one rank, without recomputation."""
+    tp = parallel.tensor
+    rows = tp if parallel.sequence else 1
+    h, f, heads = shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads
+    if shape.latent is None:
+        width, groups = shape.kv_channels, shape.num_query_groups
+        attention = (2 * heads + 2 * groups) * width // tp  # query, key, value, output
+        if shape.qk_norm != "none":
+            attention += (heads + groups) * width // tp  # the norms' inputs
+        latents = 0
+    else:
+        m = shape.latent
+        attention = heads * (2 * shape.kv_channels + 2 * m.v_head_dim) // tp
+        latents = 2 * (m.q_lora_rank + m.kv_lora_rank)  # before and after their norms
+    # The sublayers' inputs before and after the norm. After it, ranks keep their slice and gather it again.
+    residual = 4 * h // rows
+    feed_forward = (3 if fused_swiglu else 4) * f // tp
+    return element_bytes * (residual + attention + latents // rows + feed_forward)
+
+
+def stage_memory(
+    recipe: Recipe, shape: ModelShape, reference: ModelShape | None, stage: int, num_gpus: int
+) -> StageMemory:
+    """Estimate for a GPU of a pipeline stage."""
+    p = recipe.parallel
+    wide = recipe.compute.precision == "fp32"
+    element = 4 if wide else 2
+    parameters = stage_parameters(shape, p, stage)
+    # Beside bf16 weights AdamW keeps a float32 copy and two moments; float32 weights are their own copy.
+    states = parameters * (8 if wide else 12)
+    shards = num_gpus // (p.tensor * p.pipeline) if p.distributed_optimizer else 1
+    samples = recipe.batch.microbatch_samples
+    tokens = recipe.data.sequence_length * samples // p.context
+    last = stage == p.pipeline - 1
+    columns = shape.padded_vocab(p.tensor) // p.tensor
+    logits = tokens * columns * element if last else 0
+    if last and recipe.compute.loss_head == "sequence_chunks":
+        logits //= samples
+    if last and recipe.reference and reference:
+        logits = max(logits, min(tokens, recipe.reference.head_chunk_tokens) * columns * element)
+    return StageMemory(
+        weights=parameters * element,
+        gradients=parameters * 4,
+        optimizer=states / shards,
+        reference=stage_parameters(reference, p, stage) * element if reference else 0,
+        activations=_activation_bytes(recipe, shape, stage, tokens, element, num_gpus),
+        logits=logits,
+    )
+
+
+def _activation_bytes(recipe: Recipe, shape: ModelShape, stage: int, tokens: int, element: int, num_gpus: int) -> float:
+    p = recipe.parallel
+    layers = shape.num_layers // p.pipeline
+    # A stage has at most as many microbatches in flight as there are stages from it to the end, and a round more of
+    # its first chunks where stages are interleaved.
+    flight = min(p.pipeline - stage, num_microbatches(recipe, num_gpus))
+    interleaved = 1 + (p.pipeline - 1) / (p.pipeline * p.virtual_pipeline) if p.virtual_pipeline > 1 else 1
+    one = layer_activation_bytes(shape, p, element) * tokens
+    if recipe.compute.recompute == "full":
+        kept = shape.hidden_size // (p.tensor if p.sequence else 1) * element * tokens
+        return kept * layers * flight * interleaved + one
+    return one * layers * flight * interleaved
+
+
+def num_microbatches(recipe: Recipe, num_gpus: int) -> int:
+    """Microbatches of a step on each data-parallel rank. Raises UserError when something does not divide."""
+    p = recipe.parallel
+    ranks = p.tensor * p.pipeline * p.context
+    if num_gpus % ranks:
+        raise UserError(
+            f"--gpus {num_gpus} does not divide by parallel.tensor x pipeline x context = {p.tensor} x {p.pipeline} x "
+            f"{p.context} = {ranks}"
+        )
+    per_round = num_gpus // ranks * recipe.batch.microbatch_samples
+    if recipe.global_batch_samples % per_round:
+        raise UserError(
+            f"batch.global_batch_tokens = {recipe.batch.global_batch_tokens} is {recipe.global_batch_samples} samples, "
+            f"which do not divide by batch.microbatch_samples x data-parallel ranks = "
+            f"{recipe.batch.microbatch_samples} x {num_gpus // ranks}"
+        )
+    count = recipe.global_batch_samples // per_round
+    if p.virtual_pipeline > 1 and count % p.pipeline:
+        raise UserError(f"batch: {count} microbatches a step do not divide by parallel.pipeline = {p.pipeline}")
+    return count
+
+
+def step_flops(recipe: Recipe, shape: ModelShape, reference: ModelShape | None) -> float:
+    """Floating-point operations of one step: forward, backward, the reference's forward, and what is recomputed."""
+    length = recipe.data.sequence_length
+    per_token = flops.training_flops_per_token(shape, reference, length)
+    if recipe.compute.recompute == "full":
+        per_token += shape.flops_per_token(length)
+    return per_token * recipe.batch.global_batch_tokens
+
+
+def plan(recipe: Recipe, num_gpus: int, gpu: str = "H100", mfu: float = 0.4) -> str:
+    """The report. gpu: a name of PEAK_DENSE_BF16. mfu: share of its peak that training is taken to reach.
+
+    Raises UserError for a layout that does not divide, an unknown GPU, and a model whose sizes nothing gives.
+    """
+    if gpu not in flops.PEAK_DENSE_BF16:
+        raise UserError(f"--gpu {gpu} is unknown; known: {', '.join(flops.PEAK_DENSE_BF16)}")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu {mfu:g} is no share between 0 and 1")
+    shape = student_shape(recipe, _known_shape(recipe.model.init, "model.init"))
+    check_layout(shape, recipe.parallel, "model")
+    count = num_microbatches(recipe, num_gpus)
+    reference, assumed = None, ""
+    if recipe.reference is not None:
+        reference = _known_shape(recipe.reference.path, "reference.path")
+        if reference is None:
+            reference, assumed = shape, " (not on this machine: taken to be of the student's size)"
+        check_layout(reference, recipe.parallel, "reference")
+    p = recipe.parallel
+    data = num_gpus // (p.tensor * p.pipeline * p.context)
+    lines = [
+        f"{recipe.run}: objective {recipe.build_objective().name}, {recipe.train_steps:,} steps of "
+        f"{recipe.batch.global_batch_tokens:,} tokens",
+        f"model      {shape.num_parameters() / 1e9:.3f}B parameters",
+    ]
+    if reference:
+        lines.append(f"reference  {reference.num_parameters() / 1e9:.3f}B parameters{assumed}")
+    lines.append(
+        f"layout     {num_gpus} GPUs: tensor {p.tensor}{' + sequence' if p.sequence else ''}, pipeline {p.pipeline} x "
+        f"{p.virtual_pipeline}, context {p.context}, data {data}; {count} microbatches of "
+        f"{recipe.batch.microbatch_samples} x {recipe.data.sequence_length} tokens"
+    )
+    lines += _memory_table(recipe, shape, reference, num_gpus)
+    lines += _time(recipe, shape, reference, num_gpus, gpu, mfu)
+    return "\n".join(lines)
+
+
+def _known_shape(path: str | None, key: str) -> ModelShape | None:
+    """The shape of a model that is on this machine; None of one that is not."""
+    if path is None or not Path(path).exists():
+        return None
+    if is_hf_folder(path):
+        return read_shape(read_json(Path(path) / "config.json"), Path(path) / "config.json")
+    return read_meta(resolve_checkpoint(path, key)).model_shape()
+
+
+def _memory_table(recipe: Recipe, shape: ModelShape, reference: ModelShape | None, num_gpus: int) -> list[str]:
+    names = StageMemory.__slots__
+    lines = ["", f"GB a GPU   {' '.join(f'{name:>11}' for name in (*names, 'sum'))}"]
+    last = recipe.parallel.pipeline - 1
+    for stage in sorted({0, last}):
+        memory = stage_memory(recipe, shape, reference, stage, num_gpus)
+        cells = [getattr(memory, name) / GB for name in names] + [memory.total / GB]
+        lines.append(f"stage {stage:<4} {' '.join(f'{cell:11.2f}' for cell in cells)}")
+    return lines
+
+
+def _time(
+    recipe: Recipe, shape: ModelShape, reference: ModelShape | None, num_gpus: int, gpu: str, mfu: float
+) -> list[str]:
+    total = step_flops(recipe, shape, reference)
+    seconds = total / (num_gpus * flops.PEAK_DENSE_BF16[gpu] * mfu)
+    days = seconds * recipe.train_steps / 86400
+    return [
+        "",
+        f"time       {total:.3g} FLOP a step; at {mfu:.0%} of the {gpu}'s {flops.PEAK_DENSE_BF16[gpu] / 1e12:.0f} "
+        f"TFLOP/s: {seconds:.2f} s a step, {recipe.batch.global_batch_tokens / seconds:,.0f} tokens/s, {days:.2f} days",
+    ]

@@ -1,0 +1,57 @@
+"""What a reference in FP8 costs in accuracy: the error of its scores, and of the weights that they give."""
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from remit_megatron.mcore import fp8
+from remit_megatron.mcore.step import ForwardStep
+from remit_megatron.objectives import Remit
+from remit_megatron.reference.online import Reference
+
+
+class Error(NamedTuple):
+    """Over the unmasked tokens of all ranks."""
+
+    rms: float
+    largest: float
+    tokens: int
+
+
+@torch.no_grad()
+def precision_error(
+    reference: Reference, step: ForwardStep, student: list[Any], batches: list[dict[str, Tensor]]
+) -> dict[str, Error]:
+    """Errors of `ref_nll`, in nats, and under ReMiT of `weight`, of FP8 against the reference in its own precision.
+
+    Scores `batches` in both, with the student as it is. Collective; every rank gets the result.
+    """
+    low = step.nll_of(reference.chunks, batches)
+    with fp8.disabled(reference.products):
+        exact = step.nll_of(reference.chunks, batches)
+    nll = step.nll_of(student, batches)
+    errors: dict[str, list[Tensor]] = {"ref_nll": []}
+    for batch, *scores in zip(batches, low, exact, nll, strict=True) if step.groups.is_last_stage else ():
+        one, other, own = scores
+        stats = step.token_stats(step.local_batch(batch, student[-1]), own)
+        kept = stats.mask > 0
+        errors["ref_nll"].append((one - other)[kept])
+        if isinstance(step.objective, Remit):
+            weights = [step.objective.weights(replace(stats, ref_nll=score)) for score in (one, other)]
+            errors.setdefault("weight", []).append((weights[0] - weights[1])[kept])
+    names = ["ref_nll", *(["weight"] if isinstance(step.objective, Remit) else [])]
+    return {name: _over_ranks(errors.get(name, []), step.groups.counts_loss, reference.device) for name in names}
+
+
+def _over_ranks(values: list[Tensor], counted: bool, device: torch.device) -> Error:
+    mine = torch.cat(values).double() if values and counted else torch.zeros(0, dtype=torch.float64, device=device)
+    sums = torch.stack([mine.square().sum(), mine.new_tensor(float(len(mine)))])
+    largest = mine.abs().amax() if len(mine) else mine.new_zeros(())
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    squares, count = sums.tolist()
+    return Error(math.sqrt(squares / max(count, 1)), float(largest), int(count))

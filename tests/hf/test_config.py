@@ -1,0 +1,146 @@
+"""config.json: both spellings of the RoPE base, class defaults, and everything that is refused by name."""
+
+from typing import Any
+
+import pytest
+
+from remit_megatron.errors import UserError
+from remit_megatron.hf.config import with_both_rope_keys
+from remit_megatron.hf.families import FAMILIES, read_shape, tensor_names
+from remit_megatron.shape import ModelShape
+from tests.hf import tiny
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 54,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 700.0,
+}
+SMOLLM3 = {**LLAMA, "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 6}
+YOUTU = {
+    **LLAMA,
+    **tiny.LATENT,
+    "model_type": "youtu",
+    "architectures": ["YoutuForCausalLM"],
+}
+QWEN3 = {**LLAMA, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12}
+
+
+@pytest.mark.parametrize("name", list(tiny.CASES))
+def test_reads_what_transformers_writes(name: str) -> None:
+    """A round trip through transformers' own config; its parameter count is the independent side."""
+    model = tiny.make_model(name)
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    shape = read_shape(config, "config.json")
+    assert shape.num_parameters() == sum(p.numel() for p in model.parameters())
+    assert shape.rope_theta == (900.0 if "yarn" in name else 700.0)
+    assert ModelShape(**shape.model_dump()) == shape
+    names = [theirs for parts in tensor_names(shape).values() for theirs in parts]
+    assert sorted(names) == sorted(dict(model.named_parameters()))
+
+
+def test_plain_shapes_stay_as_they_were_on_disk() -> None:
+    """Checkpoints from before a trait existed are read, and compare equal."""
+    old = {
+        "num_layers": 2,
+        "hidden_size": 8,
+        "ffn_hidden_size": 9,
+        "num_attention_heads": 2,
+        "num_query_groups": 1,
+        "kv_channels": 4,
+        "vocab_size": 11,
+        "tied_embeddings": True,
+        "rope_theta": 1e4,
+        "norm_epsilon": 1e-5,
+    }
+    assert ModelShape(**old).model_dump() == old
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 700},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
+        {"rope_parameters": {"rope_theta": 700.0}, "rope_scaling": None},
+        {"rope_scaling": {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64}},
+    ],
+)
+def test_rope_base_in_every_spelling(rope: dict[str, Any]) -> None:
+    assert read_shape({**LLAMA, **rope}, "c").rope_theta == 700.0
+
+
+def test_defaults_are_those_of_the_classes() -> None:
+    assert not read_shape(LLAMA, "c").tied_embeddings
+    smol = read_shape(SMOLLM3, "c")
+    assert smol.tied_embeddings
+    assert smol.no_rope_layers == (3,)
+    assert read_shape({**SMOLLM3, "no_rope_layer_interval": 2}, "c").no_rope_layers == (1, 3, 5)
+    assert read_shape({**SMOLLM3, "no_rope_layers": [0, 1, 1, 1, 1, 0]}, "c").no_rope_layers == (0, 5)
+    assert read_shape(YOUTU, "c").tied_embeddings
+    assert read_shape(YOUTU, "c").kv_channels == 16
+    assert read_shape(QWEN3, "c").kv_channels == 12
+
+
+def without(config: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k != key}
+
+
+REFUSED = {
+    "mixture of experts": {**LLAMA, "num_local_experts": 8},
+    "quantised": {**LLAMA, "quantization_config": {"bits": 4}},
+    "model_type 'mamba'": {**LLAMA, "model_type": "mamba"},
+    "only LlamaForCausalLM": {**LLAMA, "architectures": ["LlamaForSequenceClassification"]},
+    "attention_bias = true": {**LLAMA, "attention_bias": True},
+    "mlp_bias = true": {**LLAMA, "mlp_bias": True},
+    'hidden_act = "gelu"': {**LLAMA, "hidden_act": "gelu"},
+    "RoPE scaling 'llama3'": {**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    "RoPE scaling 'yarn'": {**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "RoPE scaling 'linear'": {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1.0}},
+    "disagree": {**LLAMA, "rope_parameters": {"rope_theta": 701.0}},
+    "missing key rope_theta": without(LLAMA, "rope_theta"),
+    "missing key hidden_size": without(LLAMA, "hidden_size"),
+    "missing key head_dim": without(QWEN3, "head_dim"),
+    "unknown key clip_qkv": {**LLAMA, "clip_qkv": 8.0},
+    'vocab_size = "61"': {**LLAMA, "vocab_size": "61"},
+    "does not divide by num_key_value_heads": {**LLAMA, "num_key_value_heads": 3},
+    "hidden_size = 30 does not divide": {**LLAMA, "hidden_size": 30},
+    "use_sliding_window = true": {**SMOLLM3, "use_sliding_window": True},
+    "not a sliding window": {**SMOLLM3, "layer_types": ["full_attention", "sliding_attention"]},
+    "no_rope_layers must hold": {**SMOLLM3, "no_rope_layers": [1, 1]},
+    "rope_interleave = false": {**YOUTU, "rope_interleave": False},
+    "missing key q_lora_rank": without(YOUTU, "q_lora_rank"),
+    "q_lora_rank = null": {**YOUTU, "q_lora_rank": None},
+    "num_key_value_heads must equal": {**YOUTU, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("message", list(REFUSED))
+def test_refused_by_name(message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_shape(REFUSED[message], "config.json")
+    assert message in str(error.value)
+    assert str(error.value).startswith("config.json: ")
+    assert "\n" not in str(error.value)
+
+
+def test_both_rope_keys() -> None:
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}, "x": 1}
+    assert with_both_rope_keys(new, 5.0) == {
+        "rope_theta": 5.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5.0},
+        "x": 1,
+    }
+    old = {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 1.0}}
+    both = with_both_rope_keys(old, 5.0)
+    assert both["rope_parameters"] == {"rope_type": "yarn", "factor": 1.0, "rope_theta": 5.0}
+    assert both["rope_scaling"] == old["rope_scaling"]
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    kinds = {kind.lower() for kind, _ in tiny.CASES.values()}
+    assert kinds == set(FAMILIES)

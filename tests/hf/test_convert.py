@@ -1,0 +1,293 @@
+"""The convert commands as a user types them: what they make, and what they say of a bad folder."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tests.hf import tiny
+from tests.ranks import run_ranks
+
+Outcome = tuple[int, str, str]
+
+
+def commands(rank: int, lines: list[list[str]]) -> list[Outcome]:
+    """Exit code, stdout and stderr of each `remit` command, in one process."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from remit_megatron.cli import main
+    from remit_megatron.mcore.platform import activate
+
+    activate("cpu")
+    outcomes = []
+    for line in lines:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(line)
+        outcomes.append((code, out.getvalue(), err.getvalue()))
+    return outcomes
+
+
+def write_tokenizer(folder: Path, **changes: Any) -> None:
+    """A tokenizer of 60 ids; `changes` are keys of tokenizer.json."""
+    vocabulary = {chr(33 + i): i for i in range(60)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    content = {**json.loads(tokenizer.to_str()), **changes}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for p in sorted(folder.glob("*.safetensors")) for k, v in load_file(p).items()}
+
+
+def one_file(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Rewrite a folder's tensors as one file, after a change."""
+    tensors = tensors_of(folder)
+    change(tensors)
+    for path in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
+        path.unlink(missing_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def truncate(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def to_bin_only(folder: Path) -> None:
+    for path in folder.glob("*safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+
+
+def halve(dtype: torch.dtype, share: float = 1.0) -> Callable[[Path], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in sorted(tensors)[: int(len(tensors) * share)]:
+            tensors[name] = tensors[name].to(dtype)
+
+    return lambda folder: one_file(folder, change)
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda folder: one_file(folder, lambda tensors: tensors.pop(name))
+
+
+def add(name: str, shape: tuple[int, ...]) -> Callable[[Path], None]:
+    return lambda folder: one_file(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
+
+
+BAD: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "missing, though model.safetensors.index.json names it": (
+        "llama",
+        lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(),
+    ),
+    "truncated or damaged": ("llama", truncate),
+    "no safetensors file, or truncated": (
+        "llama",
+        lambda folder: sorted(folder.glob("*.safetensors"))[0].write_bytes(b"\0\1"),
+    ),
+    "lists model.layers.9.mlp.up_proj.weight": (
+        "llama",
+        lambda f: edit_index(f, lambda m: m.update({"model.layers.9.mlp.up_proj.weight": sorted(m.values())[0]})),
+    ),
+    "leaves out model.norm.weight": ("llama", lambda f: edit_index(f, lambda m: m.pop("model.norm.weight"))),
+    "ties the embeddings, but lm_head.weight differs": ("smollm3", add("lm_head.weight", (61, 32))),
+    "lm_head.weight is missing": ("llama", drop("lm_head.weight")),
+    "1 tensors are missing (model.layers.2.self_attn.k_proj.weight) and 0": (
+        "llama",
+        drop("model.layers.2.self_attn.k_proj.weight"),
+    ),
+    "0 tensors are missing (none) and 1 are unknown (model.layers.0.self_attn.q_proj.bias)": (
+        "llama",
+        add("model.layers.0.self_attn.q_proj.bias", (32,)),
+    ),
+    "lm_head.weight is [61, 32], config.json asks for [62, 32]": (
+        "llama",
+        lambda folder: tiny.edit_config(folder, vocab_size=62),
+    ),
+    "float16 weights: choose --dtype": ("llama", halve(torch.float16)),
+    "types bfloat16, float32: choose one with --dtype": ("llama", halve(torch.bfloat16, 0.5)),
+    "is of type F64": ("llama", halve(torch.float64)),
+    "pytorch_model.bin is not read": ("llama", to_bin_only),
+    "mixture of experts": ("llama", lambda folder: tiny.edit_config(folder, num_local_experts=8)),
+    "config.json: cannot be read": ("llama", lambda folder: (folder / "config.json").write_text("{")),
+}
+
+
+def prepare_bad(root: Path) -> list[list[str]]:
+    lines = []
+    for i, (name, damage) in enumerate(BAD.values()):
+        folder = root / f"bad{i}"
+        shutil.copytree(root / name, folder)
+        damage(folder)
+        lines.append(["convert", "import", str(folder), str(root / "out" / f"bad{i}")])
+    return lines
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("convert")
+    (root / "out").mkdir()
+    for seed, name in enumerate(("llama", "smollm3", "qwen2", "youtu")):
+        tiny.save(tiny.make_model(name, seed), root / name)
+        write_tokenizer(root / name)
+        (root / name / "generation_config.json").write_text('{"_from_model_config": true}')
+    return root
+
+
+@pytest.fixture(scope="module")
+def refusals(root: Path) -> list[Outcome]:
+    return run_ranks(1, commands, prepare_bad(root))[0]
+
+
+@pytest.mark.parametrize("message", list(BAD))
+def test_bad_folder(message: str, root: Path, refusals: list[Outcome]) -> None:
+    code, out, err = refusals[list(BAD).index(message)]
+    assert code == 2, err
+    assert message in err
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert not [p for p in (root / "out").iterdir() if f"bad{list(BAD).index(message)}" in p.name]
+
+
+def test_good_commands(root: Path) -> None:
+    """One spawn for what works, in order."""
+    llama, smol, youtu, out = (str(root / x) for x in ("llama", "smollm3", "youtu", "out"))
+    repeated = root / "youtu repeated"  # as the published base has it: tied, and the head stored all the same
+    shutil.copytree(youtu, repeated)
+    one_file(repeated, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    half = root / "llama half"
+    shutil.copytree(llama, half)
+    halve(torch.bfloat16)(half)
+    other_theta = root / "llama other theta"
+    shutil.copytree(llama, other_theta)
+    tiny.edit_config(other_theta, rope_theta=1e6, rope_parameters=None)
+    lines = [
+        ["convert", "import", llama, f"{out}/llama"],
+        ["convert", "verify", llama, f"{out}/llama", "--text", "a b c ! 0 9", "--tolerance", "1e-5"],
+        ["convert", "verify", str(other_theta), f"{out}/llama", "--text", "a b c ! 0 9"],
+        ["convert", "import", str(repeated), f"{out}/repeated"],
+        ["convert", "export", f"{out}/repeated", f"{out}/repeated hf", "--like", youtu],
+        ["convert", "import", str(half), f"{out}/half"],
+        ["convert", "export", f"{out}/half", f"{out}/half hf", "--like", str(half), "--max-shard-gb", "1e-5"],
+        ["convert", "import", llama, f"{out}/rounded", "--dtype", "bf16"],
+        ["convert", "export", f"{out}/llama", f"{out}/theta hf", "--like", str(other_theta)],
+        ["convert", "export", f"{out}/half", f"{out}/wide hf", "--like", llama, "--dtype", "fp32"],
+        ["convert", "import", llama, f"{out}/llama"],
+        ["convert", "import", llama, f"{out}/no/such/place"],
+        ["convert", "import", "org/model", f"{out}/hub"],
+        ["convert", "import", str(root / "absent"), f"{out}/hub"],
+        ["convert", "export", f"{out}/llama", f"{out}/wrong", "--like", smol],
+        ["convert", "export", f"{out}/absent", f"{out}/wrong", "--like", smol],
+    ]
+    results = run_ranks(1, commands, lines)[0]
+    assert [code for code, _, _ in results] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2], results
+    says = [
+        "exists already",
+        "is no folder",
+        "needs a network",
+        "does not exist",
+        "is a smollm3 model",
+        "does not exist",
+    ]
+    for (_, _, err), message in zip(results[-6:], says, strict=True):
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+    assert not (root / "out" / "wrong").exists()
+    assert "float32" in results[0][1]
+    assert "bfloat16, rounded as asked" in results[7][1]
+    assert "logits differ" in results[2][2]
+    check_outputs(root, Path(out), half)
+
+
+def check_outputs(root: Path, out: Path, half: Path) -> None:
+    repeated = tensors_of(out / "repeated hf")
+    assert repeated.keys() == tensors_of(root / "youtu").keys(), "a tied head is written once"
+    got, want = tensors_of(out / "half hf"), tensors_of(half)
+    assert all(got[k].dtype is torch.bfloat16 and torch.equal(got[k], want[k]) for k in want)
+    index = json.loads((out / "half hf" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(want)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in want.values())
+    assert len(set(index["weight_map"].values())) > 2
+    wide = tensors_of(out / "wide hf")
+    assert all(wide[k].dtype is torch.float32 and torch.equal(wide[k], want[k].float()) for k in want)
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (out / "half hf" / name).read_bytes() == (half / name).read_bytes()
+    for folder, dtype in (("half hf", "bfloat16"), ("theta hf", "float32"), ("wide hf", "float32")):
+        config = json.loads((out / folder / "config.json").read_text())
+        # Of the checkpoint, whatever the folder that lends its config has.
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 700.0
+        assert config.get("dtype", config.get("torch_dtype")) == dtype
+    leftovers = [p.name for p in out.iterdir() if p.name.startswith(".")]
+    assert not leftovers
+
+
+PAIRS: dict[str, tuple[int, str]] = {
+    "same": (0, "does as a reference"),
+    "chat": (0, "1 added tokens are in one only"),
+    "theta": (0, "rope_theta: 700 and 1e+06"),
+    "depth": (0, "num_layers: 4 and 2"),
+    "vocabulary": (2, "vocabulary: 61 rows and 64"),
+    "tokens": (2, "tokenizer: another vocabulary"),
+    "split": (2, "tokenizer: another pre-tokenizer"),
+    "moved": (2, '"!" is 0 in one and 7 in the other'),
+    "ids": (2, "ids up to 99, its model 61 rows"),
+    "no tokenizer": (2, "no tokenizer.json in"),
+}
+
+
+def make_pairs(root: Path) -> None:
+    for name in PAIRS:
+        shutil.copytree(root / "llama", root / "pairs" / name)
+    pairs = root / "pairs"
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    write_tokenizer(root / "llama", added_tokens=[{"id": 0, "content": "!", **token}])
+    for name in PAIRS:
+        write_tokenizer(pairs / name, added_tokens=[{"id": 0, "content": "!", **token}])
+    chat = [{"id": 0, "content": "!", **token}, {"id": 60, "content": "<|im_end|>", **token}]
+    write_tokenizer(pairs / "chat", added_tokens=chat)
+    (pairs / "chat" / "chat_template.jinja").write_text("x")
+    tiny.edit_config(pairs / "chat", eos_token_id=60)
+    tiny.edit_config(pairs / "theta", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    tiny.edit_config(pairs / "depth", num_hidden_layers=2)
+    tiny.edit_config(pairs / "vocabulary", vocab_size=64)
+    model = json.loads((root / "llama" / "tokenizer.json").read_text())["model"]
+    swapped = {**model["vocab"], "!": 1, '"': 0}
+    write_tokenizer(pairs / "tokens", model={**model, "vocab": swapped})
+    write_tokenizer(pairs / "split", pre_tokenizer={"type": "WhitespaceSplit"})
+    write_tokenizer(pairs / "moved", added_tokens=[{"id": 7, "content": "!", **token}])
+    write_tokenizer(
+        pairs / "ids", added_tokens=[{"id": 0, "content": "!", **token}, {"id": 99, "content": "x", **token}]
+    )
+    (pairs / "no tokenizer" / "tokenizer.json").unlink()
+
+
+def test_check_pairs(root: Path) -> None:
+    make_pairs(root)
+    lines = [["convert", "check", str(root / "llama"), str(root / "pairs" / name)] for name in PAIRS]
+    results = run_ranks(1, commands, lines)[0]
+    for (code, out, err), (wanted, message) in zip(results, PAIRS.values(), strict=True):
+        assert code == wanted, out + err
+        assert message in out
+        assert len(err.splitlines()) == (1 if wanted else 0)
+        wrong = [line for line in out.splitlines() if line.startswith("wrong")]
+        assert len(wrong) == (1 if wanted else 0), out
