@@ -1,6 +1,6 @@
 """Start N local ranks of a command, pass signals on, and end as the ranks end."""
 
-import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -11,22 +11,28 @@ from typing import Any
 
 import torch.distributed as dist
 
+from remit_megatron.processes import die_with_parent
+
 GRACE_S = 10.0
 """How long the other ranks may live after one has failed: enough for their own error messages."""
-PR_SET_PDEATHSIG = 1
+STOPPED_ON_REQUEST = 75
 
 
 def run_local(command: list[str], nproc: int) -> int:
     """Run `command` as ranks 0..nproc-1 on this machine; returns the exit code.
 
     All ranks 0: 0. Otherwise the first failing rank's code decides; the others are ended after a grace period. SIGTERM,
-    SIGINT and SIGUSR1 go to every rank. A rank dies with this process, also when that is killed.
+    SIGINT and SIGUSR1 go to every rank; a second SIGTERM or SIGINT also starts the grace period, for ranks that hang.
+    A rank dies with this process, also when that is killed.
     """
     # Held by this process, so that no port is chosen by one process and opened by another.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks: list[subprocess.Popen[Any]] = []
 
+    requests: list[int] = []
+
     def forward(number: int, frame: FrameType | None) -> None:
+        requests.append(number)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
@@ -47,8 +53,10 @@ def run_local(command: list[str], nproc: int) -> int:
                 # torch's own name for "a store is already being served at MASTER_PORT".
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
             }
-            ranks.append(subprocess.Popen(command, env=environment, preexec_fn=_die_with(os.getpid())))
-        return _wait(ranks)
+            ranks.append(
+                subprocess.Popen(command, env=environment, preexec_fn=functools.partial(die_with_parent, os.getpid()))
+            )
+        return _wait(ranks, requests)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -58,29 +66,36 @@ def run_local(command: list[str], nproc: int) -> int:
                 rank_process.wait()
 
 
-def _wait(ranks: list[subprocess.Popen[Any]]) -> int:
+def _wait(ranks: list[subprocess.Popen[Any]], requests: list[int]) -> int:
     deadline: float | None = None
-    first: int | None = None
+    failed: int | None = None
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = [code for code in codes if code]
-        if failed and first is None:
-            first, deadline = failed[0], time.monotonic() + GRACE_S
-        if all(code is not None for code in codes) or (deadline is not None and time.monotonic() > deadline):
-            # A negative code is a signal's number; the shell's convention is 128 + n.
-            return 0 if first is None else first if first > 0 else 128 - first
+        for number, code in enumerate(codes):
+            if code not in (None, 0, STOPPED_ON_REQUEST) and failed is None:
+                failed = code
+                deadline = deadline or time.monotonic() + GRACE_S
+                _say(
+                    f"rank {number} ended {_how(code)}"
+                    + (f", the others have {GRACE_S:.0f} s" if None in codes else "")
+                )
+        if deadline is None and sum(n in (signal.SIGINT, signal.SIGTERM) for n in requests) > 1:
+            deadline = time.monotonic() + GRACE_S
+            _say(f"asked to stop again: ranks that have not ended in {GRACE_S:.0f} s are killed")
+        if None not in codes or (deadline is not None and time.monotonic() > deadline):
+            break
         time.sleep(0.05)
+    if failed is None and None in codes:
+        failed = -signal.SIGKILL
+    if failed is None:
+        return STOPPED_ON_REQUEST if STOPPED_ON_REQUEST in codes else 0
+    # A negative code is a signal's number; the shell's convention is 128 + n.
+    return failed if failed > 0 else 128 - failed
 
 
-def _die_with(parent: int) -> Any:
-    """For the child, before exec: ask the kernel for SIGKILL when its parent dies (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
+def _how(code: int) -> str:
+    return f"with exit code {code}" if code > 0 else f"by signal {-code} ({signal.Signals(-code).name})"
 
-    def ask() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the request
-            os._exit(1)
 
-    return ask
+def _say(text: str) -> None:
+    print(f"launcher: {text}", file=sys.stderr, flush=True)

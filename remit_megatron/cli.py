@@ -39,6 +39,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks")
     evaluate.set_defaults(func=_evaluate)
 
+    score = commands.add_parser("score", help="the reference's scores of a recipe's samples, made ahead")
+    _add_recipe(score)
+    score.add_argument("--output", help="folder; default: reference.scores")
+    score.add_argument("--shard", default="0/1", metavar="I/N", help="score the I-th of N parts, counted from 0")
+    score.add_argument(
+        "--check", type=_positive, nargs="?", const=64, default=0, metavar="N", help="compare N samples, default 64"
+    )
+    score.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks")
+    score.set_defaults(func=_score)
+
     check = commands.add_parser("check", help="validate a recipe and what it names; trains nothing")
     _add_recipe(check)
     check.set_defaults(func=_check)
@@ -100,6 +110,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from remit_megatron.train.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(recipe, arguments.checkpoint, arguments.problems, arguments.max_new_tokens, arguments.output)
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from remit_megatron.config import load_recipe
+    from remit_megatron.train.score import parse_shard, score_recipe
+
+    recipe, shard = load_recipe(arguments.recipe, arguments.overrides), parse_shard(arguments.shard)
+    if arguments.nproc is not None:
+        command = ["score", arguments.recipe, *_overrides(arguments), "--shard", arguments.shard]
+        command += ["--output", arguments.output] if arguments.output else []
+        command += ["--check", str(arguments.check)] if arguments.check else []
+        return _start_ranks(command, arguments.nproc)
+    score_recipe(recipe, arguments.output, shard, arguments.check)
     return 0
 
 

@@ -22,7 +22,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -44,9 +46,9 @@ class Model(Section):
     """Rows of the embedding, exactly; padding for tensor parallelism is added and masked by the program."""
     tied_embeddings: bool | None = None
     """Share the input embedding and the output head; default false."""
-    rope_theta: float | None = None
+    rope_theta: float | None = Field(None, gt=0)
     """Base of the rotary embedding; default 10000."""
-    norm_epsilon: float | None = None
+    norm_epsilon: float | None = Field(None, gt=0)
     """Default 1e-5."""
     init_std: float = Field(0.02, gt=0)
     implementation: Literal["local", "transformer_engine"] = "local"
@@ -64,6 +66,12 @@ class Reference(Section):
     """Microbatches that the reference scores in one pass."""
     precision: Literal["same", "fp8"] = "same"
     """`fp8`: the layers' linears multiply in 8 bits. What that does to scores and weights is measured at the start."""
+    scores: str | None = None
+    """Folder of scores made by `remit score`, read in place of running the model."""
+    check_samples: NonNegative = 4
+    """Samples that are scored again at the start, to compare with `scores`. 0: the model is not loaded at all."""
+    round_scores: bool = False
+    """Round scores made online to the steps in which `remit score` stores them."""
 
 
 class Source(Section):
@@ -225,7 +233,11 @@ class Recipe(Section):
         return -(-self.schedule.train_tokens // self.batch.global_batch_tokens)
 
     def fingerprint(self) -> str:
-        """Identity of what the run computes: a run folder belongs to one. Twelve hex digits.
+        """Of `identity`, twelve hex digits."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what a run computes: a run folder belongs to one such set.
 
         Layout, device, logging and checkpoint cadence may change between two starts of one run; the rest may not.
         """
@@ -234,11 +246,12 @@ class Recipe(Section):
         for key in ("cache_dir", "loader", "prefetch_steps"):
             settings["data"].pop(key)
         settings["batch"].pop("microbatch_samples")
-        settings["precision"] = self.compute.precision
+        settings["compute"] = {"precision": self.compute.precision}
         if self.reference:
             settings["reference"] = self.reference.path
             settings["reference_precision"] = self.reference.precision
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+            settings["rounded_scores"] = self.reference.round_scores or self.reference.scores is not None
+        return settings
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -251,6 +264,11 @@ class Recipe(Section):
             )
         if self.compute.loss_head == "sequence_chunks":
             check_by_sample(objective)
+        if self.reference and self.reference.scores and getattr(objective, "needs_reference_hidden", False):
+            raise UserError(
+                f"reference.scores holds one number a token, and objective.name = '{objective.name}' needs the "
+                "reference's whole distribution: remove it"
+            )
         if self.optimizer.min_lr > self.optimizer.peak_lr:
             raise UserError("optimizer.min_lr must not exceed optimizer.peak_lr")
         self._check_layout()

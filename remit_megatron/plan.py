@@ -61,25 +61,27 @@ def _sharded_attention(shape: ModelShape) -> int:
     return shape.attention_parameters() - _whole_attention(shape)
 
 
-def layer_activation_bytes(shape: ModelShape, parallel: Parallel, element_bytes: int, fused_swiglu: bool = True) -> int:
-    """Bytes that one layer keeps for backward for a token on one rank, without recomputation."""
+def layer_activation_bytes(shape: ModelShape, parallel: Parallel, element_bytes: int, fused: bool = True) -> int:
+    """Bytes that one layer keeps for backward for a token on one rank, without recomputation.
+
+    fused: norms and SwiGLU are one kernel each, as on CUDA; on the CPU they keep what is between their operations.
+    """
     tp = parallel.tensor
     rows = tp if parallel.sequence else 1
-    h, f, heads = shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads
+    heads, groups, width = shape.num_attention_heads, shape.num_query_groups, shape.kv_channels
     if shape.latent is None:
-        width, groups = shape.kv_channels, shape.num_query_groups
-        attention = (2 * heads + 2 * groups) * width // tp  # query, key, value, output
-        if shape.qk_norm != "none":
-            attention += (heads + groups) * width // tp  # the norms' inputs
+        # The fused projection, which the value is a view of; rotated query and key; output; the QK norms' inputs.
+        attention = (heads + 2 * groups + heads + groups + heads) * width
+        attention += (heads + groups) * width if shape.qk_norm != "none" else 0
         latents = 0
     else:
         m = shape.latent
-        attention = heads * (2 * shape.kv_channels + 2 * m.v_head_dim) // tp
-        latents = 2 * (m.q_lora_rank + m.kv_lora_rank)  # before and after their norms
+        attention = heads * (2 * width + 2 * m.v_head_dim)
+        latents = (2 if fused else 3) * (m.q_lora_rank + m.kv_lora_rank) + m.qk_rope_head_dim
     # The sublayers' inputs before and after the norm. After it, ranks keep their slice and gather it again.
-    residual = 4 * h // rows
-    feed_forward = (3 if fused_swiglu else 4) * f // tp
-    return element_bytes * (residual + attention + latents // rows + feed_forward)
+    residual = (4 if fused else 6) * shape.hidden_size
+    feed_forward = (3 if fused else 5) * shape.ffn_hidden_size
+    return element_bytes * ((residual + latents) // rows + (attention + feed_forward) // tp)
 
 
 def stage_memory(

@@ -126,6 +126,8 @@ def resolve_shape(model: Model, carried: ModelShape | None = None) -> ModelShape
         "norm_epsilon": 1e-5,
     }
     shape = ModelShape(**{**defaults, **given})
+    if shape.kv_channels % 2:
+        raise UserError(f"model.kv_channels = {shape.kv_channels} is odd: rotary embeddings turn pairs of channels")
     if shape.num_attention_heads % shape.num_query_groups:
         raise UserError(
             f"model.num_attention_heads = {shape.num_attention_heads} does not divide by model.num_query_groups = "

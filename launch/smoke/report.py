@@ -129,32 +129,34 @@ def write_report(out: Path, runs: dict[str, Path], evaluations: dict[str, dict[s
 
 
 def plot(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """One PNG of six panels over tokens: loss, NLL, held-out NLL, gap, weights, clipped shares."""
+    """One PNG of six panels over tokens: loss and NLL, held-out NLL (two), gap, weights, clipped shares."""
     figure = Figure(figsize=(13, 7.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3).ravel()
     for name, lines in runs.items():
         colour, label = COLOURS[name], LABELS[name]
-        _curve(axes[0], lines, "loss", colour, label)
-        _curve(axes[1], lines, "nll", colour, label)
-        _held_out(axes[2], lines, colour, label)
+        _curve(axes[0], lines, "nll", colour, f"{label}: NLL")
+        if any("weight_mean" in line for line in lines):  # without weights the loss is the NLL
+            _curve(axes[0], lines, "loss", colour, f"{label}: loss (weighted NLL)", style=":")
+        _points(axes[1], lines, "eval/arithmetic/nll", colour, label)
+        _points(axes[2], lines, "eval/code/nll", colour, label)
         _curve(axes[3], lines, "gap_mean", colour, f"{label}: student - reference")
         _weights(axes[4], lines, colour, label)
         _curve(axes[5], lines, "clipped_low", colour, f"{label}: at 1 - epsilon", scale=100)
         _curve(axes[5], lines, "clipped_high", "#dd8452", f"{label}: at 1 + epsilon", scale=100)
-    axes[3].axhline(0, color="0.6", linewidth=0.8)
     titles = (
-        ("Training loss", "weighted NLL (nats / token)"),
-        ("Training NLL", "NLL (nats / token)"),
-        ("Held-out NLL", "NLL (nats / token)"),
-        ("Gap to the reference", "mean gap (nats / token)"),
-        ("ReMiT weights", "mean, and one standard deviation"),
+        ("Training loss and NLL", "nats / token"),
+        ("Held-out arithmetic", "NLL (nats / token)"),
+        ("Held-out code", "NLL (nats / token)"),
+        ("Mean gap to the reference", "gap (nats / token)"),
+        ("Token weights", "weight: mean, one standard deviation"),
         ("Clipped weights", "share of tokens (%)"),
     )
     for axis, (title, label) in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=11, loc="left")
         axis.set_xlabel("mid-training tokens (thousands)")
         axis.set_ylabel(label)
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
@@ -177,18 +179,19 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _curve(axis: Any, lines: list[dict[str, Any]], key: str, colour: str, label: str, scale: float = 1.0) -> None:
+def _curve(
+    axis: Any, lines: list[dict[str, Any]], key: str, colour: str, label: str, scale: float = 1.0, style: str = "-"
+) -> None:
+    """Running mean: single steps differ mostly by how much code and arithmetic they hold."""
     x, y = _series(lines, key)
     if len(x):
-        axis.plot(x, y * scale, color=colour, alpha=0.22, linewidth=0.8)
-        axis.plot(x, _smooth(y) * scale, color=colour, linewidth=1.7, label=label)
+        axis.plot(x, _smooth(y) * scale, style, color=colour, linewidth=1.6, label=label)
 
 
-def _held_out(axis: Any, lines: list[dict[str, Any]], colour: str, label: str) -> None:
-    names = sorted({key for line in lines for key in line if key.startswith("eval/") and key.endswith("/nll")})
-    for key, style in zip(names, ("-", "--", ":", "-."), strict=False):
-        x, y = _series(lines, key)
-        axis.plot(x, y, style, color=colour, marker="o", markersize=3, label=f"{label}: {key.split('/')[1]}")
+def _points(axis: Any, lines: list[dict[str, Any]], key: str, colour: str, label: str) -> None:
+    x, y = _series(lines, key)
+    if len(x):
+        axis.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.4, label=label)
 
 
 def _weights(axis: Any, lines: list[dict[str, Any]], colour: str, label: str) -> None:

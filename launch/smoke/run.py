@@ -20,8 +20,9 @@ from remit_megatron.errors import RemitError, RunError
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "smoke"
 FOLDER_IN_RECIPES = "runs/smoke"
-RANKS = {"base": 1, "reference": 1, "ntp": 2, "remit": 2}
-"""Stages in order, with the ranks that each recipe's layout takes."""
+STAGES = ("base", "reference", "ntp", "remit")
+RANKS = 2
+"""What the recipes' layout takes."""
 MAX_NEW_TOKENS = 48
 QUICK_OVERRIDES = {
     "schedule.train_tokens": 8192,
@@ -37,11 +38,11 @@ def smoke(out: Path, quick: bool) -> str:
     build(out / "data", QUICK if quick else Settings(), say=_say)
     overrides = QUICK_OVERRIDES if quick else {}
     started = time.monotonic()
-    for name in RANKS:
-        _remit("train", name, out, overrides, ["--nproc", str(RANKS[name])])
+    for name in STAGES:
+        _remit("train", name, out, overrides, ["--nproc", str(RANKS)])
     _say(f"training took {time.monotonic() - started:.0f} s")
-    evaluations = {name: _evaluate(name, out, overrides, quick) for name in RANKS}
-    return write_report(out, {name: out / name for name in RANKS}, evaluations)
+    evaluations = {name: _evaluate(name, out, overrides, quick) for name in STAGES}
+    return write_report(out, {name: out / name for name in STAGES}, evaluations)
 
 
 def _evaluate(name: str, out: Path, overrides: dict[str, Any], quick: bool) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import numpy as np
 
 from remit_megatron.config import Data
-from remit_megatron.errors import UserError
 
 
 def assemble(text: np.ndarray, data: Data, eod_id: int | None, sample_id: int) -> dict[str, np.ndarray]:
@@ -15,6 +14,7 @@ def assemble(text: np.ndarray, data: Data, eod_id: int | None, sample_id: int) -
     """
     tokens, labels = text[:-1], text[1:]
     sample = {"tokens": tokens, "labels": labels, "sample_id": np.array(sample_id, dtype=np.int64)}
+    assert eod_id is not None or not (data.eod_mask_loss or data.document_mask), "both are defined by the EOD token"
     loss_mask = np.ones(len(tokens), dtype=np.float32)
     if eod_id is not None:
         ends = tokens == eod_id
@@ -23,7 +23,5 @@ def assemble(text: np.ndarray, data: Data, eod_id: int | None, sample_id: int) -
             loss_mask[ends] = 0
         if data.document_mask:
             sample["documents"] = sample["segment_ids"] - ends
-    elif data.eod_mask_loss or data.document_mask:
-        raise UserError("data.eod_mask_loss and data.document_mask need data.eod_id: the datasets' manifests name none")
     sample["loss_mask"] = loss_mask
     return sample

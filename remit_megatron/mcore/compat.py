@@ -32,11 +32,6 @@ def has_transformer_engine() -> bool:
     return importable("transformer_engine.pytorch")
 
 
-@functools.cache
-def has_apex() -> bool:
-    return importable("apex.optimizers")
-
-
 def describe_fp8(device_type: str) -> tuple[bool, str]:
     """Whether reference.precision = "fp8" can run on a device ("cpu", "cuda"), and why or why not."""
     if device_type != "cuda":

@@ -119,6 +119,7 @@ class SampleOrder:
     def __init__(self, lengths: list[int], weights: list[float], total: int, seed: int):
         """lengths: samples of each source in one epoch; total: samples of the run."""
         self.lengths = lengths
+        self.total = total
         self.seed = seed
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
         self._source: np.ndarray | None = None
@@ -140,6 +141,11 @@ class SampleOrder:
             k = int(self._permutations[source, epoch][k])
         return source, k
 
+    def needed(self) -> list[int]:
+        """For each source, how many of its samples, from number 0 on, the run needs: all after its first epoch."""
+        drawn = np.bincount(self._source, minlength=len(self.lengths)) if self._source is not None else [self.total]
+        return [min(int(count), length) for count, length in zip(drawn, self.lengths, strict=True)]
+
 
 class TrainingData:
     """Samples by number, blended over sources. See `remit_megatron.data.samples.assemble` for what a sample holds."""
@@ -151,7 +157,10 @@ class TrainingData:
         self.eod_id = _eod(sources, data)
 
     def sample(self, n: int) -> dict[str, np.ndarray]:
-        source, k = self.order[n]
+        return self.sample_of(*self.order[n])
+
+    def sample_of(self, source: int, k: int) -> dict[str, np.ndarray]:
+        """The sample of that number in a source."""
         return assemble(self.sources[source].text(k), self.data, self.eod_id, sample_id=source << SOURCE_BITS | k)
 
 

@@ -3,8 +3,10 @@
 Folders and their commit protocol are the caller's (remit_megatron/train/checkpoint.py).
 """
 
+import contextlib
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from remit_megatron.errors import UserError
+from remit_megatron.errors import RunError, UserError
 from remit_megatron.mcore import compat
 from remit_megatron.mcore.step import unwrap
+from remit_megatron.processes import die_with_parent
 
 # Each optimizer state is stored under its parameter in the model's own shape, so that any layout can read it.
 # Gathered on one data-parallel rank over gloo: otherwise every rank of a node would hold all of its states at once.
@@ -68,7 +71,15 @@ def _training_state(chunks: list[Any], optimizer: Any, is_loading: bool) -> dict
 
 
 def save(folder: Path, chunks: list[Any], optimizer: Any | None) -> None:
-    """Write into an existing, empty folder; returns when all ranks have written. Collective."""
+    """Write into an existing, empty folder; returns when all ranks have written. Collective.
+
+    Raises RunError where a rank cannot write.
+    """
+    with _writing(folder):
+        _save(folder, chunks, optimizer)
+
+
+def _save(folder: Path, chunks: list[Any], optimizer: Any | None) -> None:
     dist_checkpointing.save(
         _state(chunks, optimizer), folder, _ThreadedSave("torch_dist", 1), content_metadata=METADATA
     )
@@ -79,10 +90,14 @@ class BackgroundSave:
 
     def __init__(self) -> None:
         self._queue = AsyncCallsQueue()
+        self._folder = Path()
+        # A child must not outlive its parent: it would go on writing beside the process that takes over.
+        os.register_at_fork(after_in_child=die_with_parent)
 
     def start(self, folder: Path, chunks: list[Any], optimizer: Any | None, commit: Callable[[], None]) -> None:
         """Begin to write into an existing, empty folder; `commit` runs on every rank once all ranks have written."""
         self.wait()
+        self._folder = folder
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
         request = dist_checkpointing.save(
             _state(chunks, optimizer), folder, strategy, async_sharded_save=True, content_metadata=METADATA
@@ -92,14 +107,29 @@ class BackgroundSave:
 
     def poll(self) -> None:
         """Commit what is written on all ranks. Collective, once a step."""
-        self._queue.maybe_finalize_async_calls(blocking=False)
+        with _writing(self._folder):
+            self._queue.maybe_finalize_async_calls(blocking=False)
 
     def wait(self) -> None:
-        self._queue.maybe_finalize_async_calls(blocking=True)
+        """Commit what is under way, when all ranks have written it. Collective."""
+        with _writing(self._folder):
+            self._queue.maybe_finalize_async_calls(blocking=True)
 
-    def close(self) -> None:
-        self.wait()
-        self._queue.close()
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns what the writers raise where a disk is full or gone into one RunError."""
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
+        raise RunError(
+            f"checkpoint {folder} cannot be written: {_first_line(error)}; the newest complete one stays as it was"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def _state(chunks: list[Any], optimizer: Any | None) -> dict[str, Any]:
@@ -133,8 +163,7 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         KeyError,
         ValueError,
     ) as error:
-        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise UserError(f"checkpoint {folder}: cannot be loaded: {first}") from error
+        raise UserError(f"checkpoint {folder}: cannot be loaded: {_first_line(error)}") from error
 
 
 def _restore_model(loaded: dict[str, Any], chunks: list[Any]) -> None:

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
-
-from remit_megatron.mcore.collectives import sum_both_ways
+from torch.autograd.function import once_differentiable
 
 
 def _ones(width: int, config: Any) -> torch.nn.Parameter:
@@ -36,9 +36,9 @@ class RMSNorm(torch.nn.Module):
 class ShardedRMSNorm(torch.nn.Module):
     """RMSNorm over a last axis of `width` that tensor-parallel ranks hold in equal parts: x [..., width/tp].
 
-    The sum of squares, [..., 1], crosses the ranks once forward and once backward. The weight is sharded like x, so
-    its gradient is complete on its rank. (A parameter whose name contains `q_layernorm` or `k_layernorm` would be
-    summed over the ranks by Megatron's finalize_model_grads: modules of this class must have another name.)
+    One number a token crosses the ranks forward, and one backward. The weight is sharded like x, so its gradient is
+    complete on its rank. (A parameter whose name contains `q_layernorm` or `k_layernorm` would be summed over the ranks
+    by Megatron's finalize_model_grads: modules of this class must have another name.)
     """
 
     def __init__(self, config: Any, width: int, tp_group: Any, eps: float):
@@ -51,10 +51,7 @@ class ShardedRMSNorm(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        squares = wide.square().sum(dim=-1, keepdim=True)
-        squares = sum_both_ways(squares, self.tp_group)
-        return (self.weight * (wide * torch.rsqrt(squares / self.width + self.eps))).to(x.dtype)
+        return _ShardedNorm.apply(x, self.weight, self.width, self.eps, self.tp_group)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -67,3 +64,33 @@ class ShardedRMSNorm(torch.nn.Module):
             tp_group=self.tp_group,
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
+
+
+class _ShardedNorm(torch.autograd.Function):
+    """Keeps x as it came and one number a token; float32 copies of x live inside the calls only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, width: int, eps: float, group: dist.ProcessGroup) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(_sum_over(wide.square().sum(dim=-1, keepdim=True), group) / width + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.width, ctx.group = width, group
+        return (weight * (wide * inverse)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        normal, grad = x.float() * inverse, grad.float()
+        grad_weight = (grad * normal).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        grad = grad * weight
+        # d normal / d x = inverse * (1 - normal normal^T / width), and the inner product runs over all ranks.
+        inner = _sum_over((grad * normal).sum(dim=-1, keepdim=True), ctx.group)
+        return (inverse * (grad - normal * (inner / ctx.width))).to(x.dtype), grad_weight, None, None, None
+
+
+def _sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x, a fresh contiguous tensor, summed over the ranks in place."""
+    if group.size() > 1:
+        dist.all_reduce(x, group=group)
+    return x

@@ -22,6 +22,7 @@ from remit_megatron.mcore.loss_hook import RemitGPTModel
 from remit_megatron.objectives import Objective
 from remit_megatron.objectives.base import LossSum, TokenStats, check_by_sample
 from remit_megatron.ops.distillation import Teacher
+from remit_megatron.ops.score_steps import round_to_steps
 from remit_megatron.ops.selection import top_share_of_all
 
 Batch = dict[str, Tensor]
@@ -43,26 +44,36 @@ def make_forward_step(
     *,
     groups: Groups | None = None,
     merge_microbatches: int = 1,
+    round_scores: bool = False,
 ) -> "ForwardStep":
     """A forward step for Megatron's schedules that trains with `objective`.
 
     reference: the frozen RemitGPTModel (`scorer=True`), a rank's list of its chunks, or None when the objective needs
     none or batches carry `ref_nll`. merge_microbatches: how many microbatches the reference scores in one pass.
+    round_scores: round `ref_nll` to the steps of scores on disk.
     Use `prepare` before each step's schedule. Without pipelining it may be left out: then the reference runs inside
     the step, before the student.
     """
     chunks = reference if isinstance(reference, list) else [reference] if reference is not None else []
-    return ForwardStep(objective, chunks, groups or current_groups(), merge_microbatches)
+    return ForwardStep(objective, chunks, groups or current_groups(), merge_microbatches, round_scores)
 
 
 class ForwardStep:
     """Called by the schedule as `forward_step(data_iterator, model)`; see `make_forward_step`."""
 
-    def __init__(self, objective: Objective, reference: list[Any], groups: Groups, merge_microbatches: int = 1):
+    def __init__(
+        self,
+        objective: Objective,
+        reference: list[Any],
+        groups: Groups,
+        merge_microbatches: int = 1,
+        round_scores: bool = False,
+    ):
         self.objective = objective
         self.reference = reference
         self.groups = groups
         self.merge_microbatches = merge_microbatches
+        self.round_scores = round_scores
         self.step = 0
         """Number of the optimizer step, for objectives that draw random numbers; the training loop sets it."""
         self._checked: set[int] = set()
@@ -97,7 +108,7 @@ class ForwardStep:
                 if self._needs_hidden:
                     batch["ref_hidden_local"] = score.to(head.head_weight().dtype)
                 else:
-                    batch["ref_nll_local"] = score
+                    batch["ref_nll_local"] = round_to_steps(score) if self.round_scores else score
 
     @property
     def _needs_hidden(self) -> bool:

@@ -1,4 +1,4 @@
-"""Everything about a recipe that can be found wrong without starting ranks or allocating a model."""
+"""A recipe and the checkpoints and datasets it names, checked without starting ranks or allocating a model."""
 
 from remit_megatron.config import Recipe
 from remit_megatron.data.manifest import quick_verify

@@ -4,6 +4,7 @@ checkpoints/step-00000100/   Megatron's distributed checkpoint and meta.json
 checkpoints/latest           the name of the newest complete one
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.data.files import writing
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.shape import ModelShape
 
 FORMAT = 1
+IDENTITY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,8 @@ class Meta:
     precision: str = "fp32"
     loggers: dict[str, str] = field(default_factory=dict)
     """Identities that external loggers need to go on in the same run."""
+    reference: str | None = None
+    """Identity of the reference that guided the run; see `identity`."""
     origin: dict[str, str] | None = None
     """Where the weights were converted from; none: they were trained here."""
     format: int = FORMAT
@@ -58,7 +63,9 @@ class CheckpointFolder:
         """The newest complete checkpoint. Raises RunError when the pointer names one that is not there."""
         pointer = self.folder / "latest"
         if not pointer.exists():
-            return None
+            # A kill between the two renames of the very first commit leaves a complete checkpoint without a pointer.
+            complete = sorted(meta.parent for meta in self.folder.glob("step-*/meta.json"))
+            return complete[-1] if complete else None
         path = self.folder / pointer.read_text().strip()
         if not (path / "meta.json").exists():
             raise RunError(f"{pointer} names {path.name}, which is not complete: restore it, or name another one there")
@@ -70,14 +77,19 @@ class CheckpointFolder:
 
     def begin(self, step: int) -> Path:
         """An empty folder to write into; what an interrupted save left behind is removed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".partial-*"):
-            shutil.rmtree(leftover)
-        self.partial(step).mkdir()
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".partial-*"):
+                shutil.rmtree(leftover)
+            self.partial(step).mkdir()
         return self.partial(step)
 
     def commit(self, meta: Meta) -> Path:
-        """Make a written checkpoint the newest one, and remove those past `keep`."""
+        """Make a written checkpoint the newest one, and remove those past `keep`. Raises RunError where it cannot."""
+        with writing(self.folder):
+            return self._commit(meta)
+
+    def _commit(self, meta: Meta) -> Path:
         partial, final = self.partial(meta.step), self.folder / f"step-{meta.step:08d}"
         _write_synced(partial / "meta.json", json.dumps(asdict(meta), indent=1))
         _sync_folder(partial)
@@ -102,7 +114,10 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     if (folder / "meta.json").exists():
         return folder
     if (folder / "checkpoints").is_dir():
-        latest = CheckpointFolder(folder / "checkpoints", keep=1).latest()
+        try:
+            latest = CheckpointFolder(folder / "checkpoints", keep=1).latest()
+        except RunError as error:
+            raise UserError(f"{key} = '{path}': {error}") from None
         if latest is not None:
             return latest
         raise UserError(f"{key} = '{path}': the run has no complete checkpoint yet")
@@ -116,9 +131,30 @@ def read_meta(folder: Path) -> Meta:
         fields = json.loads((folder / "meta.json").read_text())
         if fields.get("format") != FORMAT:
             raise UserError(f"checkpoint {folder}: format {fields.get('format')}, this program reads {FORMAT}")
-        return Meta(**fields)
+        meta = Meta(**fields)
+        meta.model_shape()
+        return meta
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {folder}: meta.json cannot be read: {error}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"checkpoint {folder}: meta.json cannot be read, or is of another version of this program: {reason}"
+        ) from None
+
+
+def identity(folder: Path) -> str:
+    """Content of a checkpoint: meta.json, and of each weight file the size, the first and the last MiB. 32 hex digits.
+
+    Two steps of one run differ in it, and so do two models; a large checkpoint is not read whole.
+    """
+    digest = hashlib.sha256((folder / "meta.json").read_bytes())
+    for path in sorted(folder.glob("*.distcp")):
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size} ".encode())
+            for start in (0, max(0, size - IDENTITY_BYTES)):
+                stream.seek(start)
+                digest.update(stream.read(IDENTITY_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def _write_synced(path: Path, text: str) -> None:

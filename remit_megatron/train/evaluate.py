@@ -37,17 +37,27 @@ class Evaluator:
             for name, path in recipe.data.eval.items()
         }
 
+    @property
+    def eod_id(self) -> int | None:
+        """The token that ends a document in the held-out sets; None where there is no set, or it names none."""
+        return next((held_out.eod_id for held_out in self.sets.values()), None)
+
     @torch.no_grad()
     def run(self, chunks: list[Any], device: torch.device) -> dict[str, float]:
         """`eval/<name>/nll` of each set. Collective."""
         for chunk in chunks:
             chunk.eval()
-        results = {f"eval/{name}/nll": self._nll(held_out, chunks, device) for name, held_out in self.sets.items()}
+        results = {}
+        for name, held_out in self.sets.items():
+            nll = self._nll(held_out, chunks, device)
+            if nll is not None:
+                results[f"eval/{name}/nll"] = nll
         for chunk in chunks:
             chunk.train()
         return results
 
-    def _nll(self, held_out: datasets.HeldOut, chunks: list[Any], device: torch.device) -> float:
+    def _nll(self, held_out: datasets.HeldOut, chunks: list[Any], device: torch.device) -> float | None:
+        """None where the mask keeps no token."""
         samples, dp = self.recipe.batch.microbatch_samples, self.groups.dp
         count = -(-held_out.length // (samples * dp.size()))
         stages = self.recipe.parallel.pipeline
@@ -57,7 +67,7 @@ class Evaluator:
         step = make_forward_step(NTP(), groups=self.groups)
         reports = run_schedule(step, batches, chunks, forward_only=True)
         ratios, _ = reduce_reports(reports, self.groups.counts_loss, [], device)
-        return read(ratios)["nll"]
+        return read(ratios).get("nll")
 
 
 def evaluate_checkpoint(
@@ -68,9 +78,12 @@ def evaluate_checkpoint(
     problems: jsonl with `prompt` and `answer`. Prints the figures as JSON on rank 0, and writes them to `output`.
     Raises UserError for a checkpoint or a file that does not fit.
     """
-    cases = _read_problems(problems, recipe) if problems else None
+    cases = _read_problems(problems) if problems else None
+    tokenizer = _tokenizer(recipe) if problems else None
+    if output and not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output {output}: its folder does not exist")
     with joined_process(recipe.compute) as process:
-        figures = _figures(recipe, checkpoint, cases, max_new_tokens, process)
+        figures = _figures(recipe, checkpoint, process, tokenizer, cases, max_new_tokens)
         if process.rank == 0:
             text = json.dumps(figures, indent=1)
             print(text)
@@ -79,7 +92,12 @@ def evaluate_checkpoint(
 
 
 def _figures(
-    recipe: Recipe, checkpoint: str, cases: list[dict[str, str]] | None, max_new_tokens: int, process: Process
+    recipe: Recipe,
+    checkpoint: str,
+    process: Process,
+    tokenizer: Any,
+    cases: list[dict[str, str]] | None,
+    max_new_tokens: int,
 ) -> dict[str, Any]:
     path = resolve_checkpoint(checkpoint, "--checkpoint")
     meta = read_meta(path)
@@ -100,18 +118,17 @@ def _figures(
     figures: dict[str, Any] = {"checkpoint": str(path), "step": meta.step, "tokens": meta.tokens}
     figures.update(evaluator.run(chunks, process.device))
     if cases is not None:
-        figures.update(_exact_match(recipe, chunks[0], cases, max_new_tokens, groups))
+        eod = evaluator.eod_id if recipe.data.eod_id is None else recipe.data.eod_id
+        if eod is None:
+            raise UserError("decoding needs data.eod_id, the token that ends a text: the held-out sets name none")
+        figures.update(_exact_match(chunks[0], tokenizer, cases, max_new_tokens, eod, groups))
     dist.barrier()
     return figures
 
 
 def _exact_match(
-    recipe: Recipe, model: Any, cases: list[dict[str, str]], max_new_tokens: int, groups: Groups
+    model: Any, tokenizer: Any, cases: list[dict[str, str]], max_new_tokens: int, eod: int, groups: Groups
 ) -> dict[str, Any]:
-    tokenizer = _tokenizer(recipe)
-    eod = recipe.data.eod_id
-    if eod is None:
-        raise UserError("decoding needs data.eod_id: the token that ends a text")
     prompts = [tokenizer.encode(case["prompt"]).ids for case in cases]
     generated = greedy(model, prompts, max_new_tokens=max_new_tokens, eod_id=eod, groups=groups)
     answers = [boxed_answer(tokenizer.decode(ids)) for ids in generated]
@@ -120,10 +137,14 @@ def _exact_match(
 
 
 def boxed_answer(text: str) -> str | None:
-    """What stands in the first \\boxed{...} of a solution, without spaces; None where there is none."""
-    _, found, rest = text.partition("\\boxed{")
-    answer, closed, _ = rest.partition("}")
-    return answer.strip() if found and closed else None
+    """What stands in the first \\boxed{...} of a solution, braces matched, ends stripped; None where there is none."""
+    _, _, rest = text.partition("\\boxed{")
+    depth = 1
+    for i, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return rest[:i].strip()
+    return None
 
 
 def _tokenizer(recipe: Recipe) -> Any:
@@ -138,11 +159,13 @@ def _tokenizer(recipe: Recipe) -> Any:
     return Tokenizer.from_file(str(path))
 
 
-def _read_problems(path: str, recipe: Recipe) -> list[dict[str, str]]:
+def _read_problems(path: str) -> list[dict[str, str]]:
     try:
         cases = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"--problems {path}: cannot be read: {error}") from None
     if not cases or not all(isinstance(c, dict) and {"prompt", "answer"} <= c.keys() for c in cases):
         raise UserError(f"--problems {path}: every line must be an object with `prompt` and `answer`")
+    if not all(isinstance(c["prompt"], str) and c["prompt"] for c in cases):
+        raise UserError(f"--problems {path}: a prompt is empty")
     return cases

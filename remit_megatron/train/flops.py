@@ -4,8 +4,17 @@ import torch
 
 from remit_megatron.shape import ModelShape
 
-PEAK_DENSE_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "GB200": 2500e12}
-"""FLOP/s without sparsity, from the vendor's data sheets, by a word of the device's name. SXM parts."""
+PEAK_DENSE_BF16 = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
+"""FLOP/s without sparsity, from the vendor's data sheets; the first name that the device's name holds."""
 
 
 def training_flops_per_token(shape: ModelShape, reference: ModelShape | None, sequence_length: int) -> float:

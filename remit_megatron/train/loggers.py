@@ -1,5 +1,6 @@
 """Where metrics go besides metrics.jsonl: a progress line, log.txt, TensorBoard, Weights & Biases. Rank 0 only."""
 
+import importlib.util
 import logging
 import sys
 import time
@@ -78,7 +79,7 @@ def _duration(seconds: float) -> str:
 
 
 class TensorBoardLog:
-    """Scalars against tokens, in `tensorboard/` of the run folder."""
+    """Scalars against steps, in `tensorboard/` of the run folder."""
 
     def __init__(self, run: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -95,13 +96,11 @@ class TensorBoardLog:
 
 
 class WandbLog:
-    """One Weights & Biases run, found again by an id that lives in the checkpoint. A failing logger never stops a run."""
+    """One Weights & Biases run, found again by an id that lives in the checkpoint. Its failures never stop training."""
 
     def __init__(self, run: Path, recipe: Recipe, identity: str | None):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("logging.wandb is on but wandb is not installed: pip install wandb") from None
+        import wandb
+
         self.identity = identity or uuid.uuid4().hex[:8]
         self._wandb = wandb
         self._run: Any = None
@@ -142,6 +141,12 @@ class WandbLog:
                 logging.getLogger(__name__).warning("wandb: %s", error)
 
 
+def check_loggers(recipe: Recipe) -> None:
+    """Raise UserError for a logger that is asked for and not installed."""
+    if recipe.logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise UserError("logging.wandb is on but wandb is not installed: pip install wandb, or set it to 'off'")
+
+
 class Loggers:
     """All loggers of rank 0."""
 
@@ -155,11 +160,12 @@ class Loggers:
             log = WandbLog(run, recipe, identities.get("wandb"))
             self.identities["wandb"] = log.identity
             self._external.append(log)
-        self._every = recipe.logging.every_steps
+        self._every, self._total = recipe.logging.every_steps, recipe.train_steps
 
     def write(self, line: Line) -> None:
         self.progress.write(line)
-        if line["step"] % self._every == 0:
+        evaluated = any(key.startswith("eval/") for key in line)
+        if line["step"] % self._every == 0 or evaluated or line["step"] == self._total:
             for log in self._external:
                 log.write(line)
 

@@ -2,31 +2,32 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from remit_megatron.config import Recipe, dump_toml
-from remit_megatron.data.loader import BatchPlan, Step, make_loader
-from remit_megatron.data.manifest import tokenizer_hash
+from remit_megatron.data.loader import BatchPlan, Step, check_loader, make_loader
 from remit_megatron.errors import RunError, StopRequested, UserError
 from remit_megatron.mcore import datasets, dist_checkpoint, optim
 from remit_megatron.mcore.groups import Groups, data_parallel_size, initialize_groups
 from remit_megatron.mcore.step import make_forward_step, run_schedule
+from remit_megatron.reference.cache import ScoreCache
 from remit_megatron.reference.online import Reference
 from remit_megatron.reference.precision import precision_error
 from remit_megatron.train import flops
 from remit_megatron.train.checkpoint import CheckpointFolder, Meta, read_meta
 from remit_megatron.train.evaluate import Evaluator
 from remit_megatron.train.folder import RunFolder
-from remit_megatron.train.loggers import Loggers
+from remit_megatron.train.loggers import Loggers, check_loggers
 from remit_megatron.train.metrics import MetricsFile, read, reduce_reports
 from remit_megatron.train.models import build_reference, build_student, make_plan
-from remit_megatron.train.runtime import Process, StopSignals, joined_process
+from remit_megatron.train.runtime import Process, StopSignals, from_rank_0, joined_process
+from remit_megatron.train.scorer import Scorer, cache_manifest, random_samples
+from remit_megatron.train.sources import open_sources
 
 
 def train(recipe: Recipe) -> None:
@@ -51,19 +52,25 @@ class Trainer:
         self.process = process
         self.is_main = process.rank == 0
         self.objective = recipe.build_objective()
-        self.plan = make_plan(recipe, process.device.type)
+        self.folder = RunFolder(Path(recipe.run), recipe)
+        from_rank_0(self.folder.check, process.device)
+        self.plan = from_rank_0(lambda: make_plan(recipe, process.device.type), process.device)
         self.num_microbatches = _microbatches(recipe, process.world_size)
         self.groups: Groups = initialize_groups(recipe.parallel, recipe.seed)
-        self.sources = self._open_data()
+        self.sources, self.tokenizer_hash = open_sources(recipe, self.plan)
+        self.data = datasets.TrainingData(self.sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)
+        self._check_documents()
+        check_loggers(recipe)
+        check_loader(recipe.data.loader)
         self.evaluator = Evaluator(recipe, self.groups, self.plan.shape.vocab_size, self.tokenizer_hash)
         self.chunks, config = build_student(recipe, self.plan, process.device)
         self.reference = build_reference(recipe, self.plan, process.device)
+        self.scores = self._open_scores()
 
         # Everything that a mistake could stop is behind us: from here on the run folder is written to.
-        self.folder = RunFolder(Path(recipe.run), recipe)
-        self._on_main(self.folder.claim)
+        from_rank_0(self.folder.claim, process.device)
         self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", recipe.checkpoint.keep)
-        resume = self.checkpoints.latest()
+        resume = self.plan.resume
         self.chunks = optim.wrap_ddp(self.chunks, config, recipe.parallel)
         self.optimizer, self.scheduler = optim.build_optimizer(
             self.chunks, recipe.optimizer, recipe.schedule, recipe.parallel, self.plan.dtype
@@ -71,11 +78,9 @@ class Trainer:
         self.meta = self._resume(resume) if resume else self._fresh_meta()
         optim.advance(self.scheduler, self.meta.tokens)
 
-        total_samples = recipe.train_steps * recipe.global_batch_samples
-        self.data = datasets.TrainingData(self.sources, recipe.data, total_samples)
         self.loader = make_loader(
             recipe.data.loader,
-            self.data.sample,
+            self._sample,
             BatchPlan(
                 first_sample=self.meta.step * recipe.global_batch_samples,
                 num_steps=recipe.train_steps - self.meta.step,
@@ -92,6 +97,7 @@ class Trainer:
             self.reference.chunks if self.reference else None,
             groups=self.groups,
             merge_microbatches=recipe.reference.merge_microbatches if recipe.reference else 1,
+            round_scores=recipe.reference.round_scores if recipe.reference else False,
         )
         self.background = dist_checkpoint.BackgroundSave() if recipe.checkpoint.asynchronous else None
         self.loggers: Loggers | None = None
@@ -106,35 +112,41 @@ class Trainer:
 
     # Set-up.
 
-    def _open_data(self) -> list[Any]:
+    def _open_scores(self) -> ScoreCache | None:
+        """The scores that take the reference's place, compared with it; the model is then let go."""
         recipe = self.recipe
-        made_with = tokenizer_hash(recipe.data.tokenizer) if recipe.data.tokenizer else None
-        sources = [
-            datasets.open_source(source.path, recipe.data, self.plan.shape.vocab_size, made_with)
-            for source in recipe.data.train
-        ]
-        hashes = {s.info.prefix: s.info.tokenizer_hash for s in sources if s.info.tokenizer_hash}
-        if len(set(hashes.values())) > 1:
-            raise UserError(
-                f"data.train: the datasets were made with different tokenizers: {', '.join(map(str, hashes))}"
-            )
-        self.tokenizer_hash = made_with or next(iter(hashes.values()), None)
-        for key, meta in (("model.init", self.plan.init_meta), ("reference.path", self.plan.reference_meta)):
-            if meta and meta.tokenizer and self.tokenizer_hash and meta.tokenizer != self.tokenizer_hash:
-                raise UserError(f"{key}: it was trained with another tokenizer than that of data.train")
-        return sources
+        if recipe.reference is None or recipe.reference.scores is None:
+            return None
+        folder, wanted = (
+            Path(recipe.reference.scores),
+            cache_manifest(recipe, self.plan, self.data, self.tokenizer_hash),
+        )
+        from_rank_0(lambda: ScoreCache.open(folder, wanted) and None, self.process.device)
+        cache = ScoreCache.open(folder, wanted, verify=False)
+        if self.reference:
+            samples = random_samples(self.data.order.needed(), recipe.reference.check_samples)
+            Scorer(recipe, self.data, self.reference, self.groups).check(cache, samples)
+            self.reference = None
+        return cache
 
-    def _on_main(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0; its UserError is raised on every rank, so that none waits for another."""
-        refusal: list[str | None] = [None]
-        if self.is_main:
-            try:
-                action()
-            except UserError as error:
-                refusal = [str(error)]
-        dist.broadcast_object_list(refusal, device=self.process.device)
-        if refusal[0] is not None:
-            raise UserError(refusal[0])
+    def _sample(self, n: int) -> dict[str, Any]:
+        sample = self.data.sample(n)
+        if self.scores:
+            sample["ref_nll"] = self.scores.scores(*self.data.order[n])
+        return sample
+
+    def _check_documents(self) -> None:
+        eod, vocab_size = self.data.eod_id, self.plan.shape.vocab_size
+        needing = {
+            "objective.centering = 'document'": getattr(self.objective, "centering", None) == "document",
+            "data.document_mask": self.recipe.data.document_mask,
+            "data.eod_mask_loss": self.recipe.data.eod_mask_loss,
+        }
+        for setting, is_set in needing.items():
+            if is_set and eod is None:
+                raise UserError(f"{setting} needs data.eod_id: the datasets' manifests name none")
+        if eod is not None and eod >= vocab_size:
+            raise UserError(f"data.eod_id = {eod} is not in the vocabulary of {vocab_size} rows")
 
     def _fresh_meta(self) -> Meta:
         return Meta(
@@ -144,11 +156,12 @@ class Trainer:
             tokenizer=self.tokenizer_hash,
             distributed_optimizer=self.recipe.parallel.distributed_optimizer,
             precision="bf16" if self.plan.dtype is torch.bfloat16 else "fp32",
+            reference=self.plan.reference_identity,
         )
 
     def _resume(self, path: Path) -> Meta:
         saved, fresh = read_meta(path), self._fresh_meta()
-        for key in ("shape", "data", "tokenizer", "distributed_optimizer", "precision"):
+        for key in ("shape", "data", "tokenizer", "distributed_optimizer", "precision", "reference"):
             if getattr(saved, key) != getattr(fresh, key):
                 raise UserError(
                     f"checkpoint {path}: its {key} is {getattr(saved, key)}, this start has {getattr(fresh, key)}: "
@@ -165,8 +178,8 @@ class Trainer:
         say(f"{recipe.run}: {self.objective.name}, {shape.num_parameters() / 1e6:,.1f}M parameters, {start}")
         p = recipe.parallel
         say(
-            f"{self.process.world_size} ranks on {self.process.device.type}: tensor {p.tensor}, pipeline {p.pipeline} x "
-            f"{p.virtual_pipeline}, context {p.context}, data {self.groups.dp.size()}; "
+            f"{self.process.world_size} ranks on {self.process.device.type}: tensor {p.tensor}, "
+            f"pipeline {p.pipeline} x {p.virtual_pipeline}, context {p.context}, data {self.groups.dp.size()}; "
             f"{self.num_microbatches} microbatches a step"
         )
         for source in self.sources:
@@ -257,7 +270,9 @@ class Trainer:
         peak = flops.peak_flops(self.process.device)
         if peak:
             per_token = flops.training_flops_per_token(
-                self.plan.shape, self.plan.reference_shape, self.recipe.data.sequence_length
+                self.plan.shape,
+                None if self.scores else self.plan.reference_shape,
+                self.recipe.data.sequence_length,
             )
             timing["mfu"] = tokens_per_s * per_token / (peak * self.process.world_size)
         return timing
@@ -281,8 +296,9 @@ class Trainer:
         if self.meta.bad_steps >= self.recipe.optimizer.max_bad_steps:
             raise RunError(
                 f"{self.meta.bad_steps} steps in a row had a gradient norm that is not finite "
-                f"(optimizer.max_bad_steps = {self.recipe.optimizer.max_bad_steps}), last at step {self.meta.step}: the "
-                "newest checkpoint is from before; lower optimizer.peak_lr or look at the data of these steps"
+                f"(optimizer.max_bad_steps = {self.recipe.optimizer.max_bad_steps}), last at step {self.meta.step}: "
+                f"look at the data of these steps, or start another run folder with model.init = '{self.recipe.run}' and a "
+                "lower optimizer.peak_lr"
             )
 
     # Checkpoints.
@@ -298,14 +314,10 @@ class Trainer:
         if self.background:
             self.background.wait()
         partial = self.checkpoints.partial(meta.step)
-        if self.is_main:
-            self.checkpoints.begin(meta.step)
-        dist.barrier()
+        from_rank_0(lambda: self.checkpoints.begin(meta.step), self.process.device)
 
         def commit() -> None:
-            if self.is_main:
-                self.checkpoints.commit(meta)
-            dist.barrier()
+            from_rank_0(lambda: self.checkpoints.commit(meta), self.process.device)
 
         if self.background:
             self.background.start(partial, self.chunks, self.optimizer, commit)
@@ -350,5 +362,11 @@ def _microbatches(recipe: Recipe, world_size: int) -> int:
         raise UserError(
             f"batch: {count} microbatches a step do not divide by parallel.pipeline = {p.pipeline}, which "
             "parallel.virtual_pipeline needs"
+        )
+    merged = recipe.reference.merge_microbatches if recipe.reference else 1
+    if count % merged or (p.virtual_pipeline > 1 and (count // merged) % p.pipeline):
+        raise UserError(
+            f"reference.merge_microbatches = {merged} does not fit {count} microbatches a step: it must divide them"
+            + (f", into a multiple of parallel.pipeline = {p.pipeline}" if p.virtual_pipeline > 1 else "")
         )
     return count

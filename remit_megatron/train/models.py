@@ -1,5 +1,7 @@
 """What a run will build, decided before anything is allocated: shapes, checkpoints and precision of its models."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from remit_megatron.mcore.model import Build, build_chunks
 from remit_megatron.presets import check_preset, preset_shape
 from remit_megatron.reference.online import Reference
 from remit_megatron.shape import ModelShape, check_layout, resolve_shape
-from remit_megatron.train.checkpoint import Meta, read_meta, resolve_checkpoint
+from remit_megatron.train.checkpoint import CheckpointFolder, Meta, identity, read_meta, resolve_checkpoint
 from remit_megatron.train.hf_source import ensure_converted, plan_conversion
 
 
@@ -28,13 +30,20 @@ class Plan:
     reference_shape: ModelShape | None
     reference_path: Path | None
     reference_meta: Meta | None
+    reference_identity: str | None
+    """Content of the reference's checkpoint; see `checkpoint.identity`. None where it is still to be converted."""
+    resume: Path | None
+    """The run's own newest checkpoint, to go on from; then nothing is taken from model.init."""
     dtype: torch.dtype
 
 
 def make_plan(recipe: Recipe, device_type: str) -> Plan:
     """Resolve shapes and paths. Raises UserError for what does not fit together; reads meta.json and Hugging Face
     configs, and the bytes of a Hugging Face folder for their hash."""
-    init, init_meta = _find(recipe.model.init, "model.init", recipe) if recipe.model.init else (None, None)
+    resume = CheckpointFolder(Path(recipe.run) / "checkpoints", keep=1).latest()
+    init, init_meta = None, read_meta(resume) if resume else None
+    if recipe.model.init and not resume:
+        init, init_meta = _find(recipe.model.init, "model.init", recipe)
     shape = student_shape(recipe, init_meta.model_shape() if init_meta else None)
     check_layout(shape, recipe.parallel, "model")
     if recipe.data.document_mask and recipe.model.implementation == "transformer_engine":
@@ -61,8 +70,19 @@ def make_plan(recipe: Recipe, device_type: str) -> Plan:
         reference_shape=reference_shape,
         reference_path=reference_path,
         reference_meta=reference_meta,
+        reference_identity=_identity(reference_path, reference_meta),
+        resume=resume,
         dtype=training_dtype(recipe, device_type),
     )
+
+
+def _identity(path: Path | None, meta: Meta | None) -> str | None:
+    """Of a converted model its origin says it all, and its checkpoint may not be written yet."""
+    if path is None or meta is None:
+        return None
+    if meta.origin is not None:
+        return hashlib.sha256(json.dumps(meta.origin, sort_keys=True).encode()).hexdigest()[:32]
+    return identity(path)
 
 
 def student_shape(recipe: Recipe, carried: ModelShape | None) -> ModelShape:
@@ -116,9 +136,12 @@ def build_student(recipe: Recipe, plan: Plan, device: torch.device) -> tuple[lis
     return chunks, config
 
 
-def build_reference(recipe: Recipe, plan: Plan, device: torch.device) -> Reference | None:
-    """The frozen reference on this rank, loaded and checked; None when the objective needs none."""
+def build_reference(recipe: Recipe, plan: Plan, device: torch.device, *, load: bool = False) -> Reference | None:
+    """The frozen reference on this rank, loaded and checked. None where the recipe has none, or scores that are not to
+    be checked, unless `load` says that it is needed all the same."""
     if recipe.reference is None:
+        return None
+    if recipe.reference.scores and not recipe.reference.check_samples and not load:
         return None
     assert plan.reference_shape is not None
     assert plan.reference_path is not None

@@ -3,10 +3,11 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from remit_megatron.config import Compute
 from remit_megatron.errors import RemitError, UserError
 from remit_megatron.mcore import platform
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,9 @@ def joined_process(compute: Compute) -> Iterator[Process]:
     try:
         yield process
     except RemitError as error:
-        error.first_to_say = dist.distributed_c10d._get_default_store().add("remit/said", 1) == 1
+        # The store may outlive the processes (an elastic agent's): a restart says its own errors.
+        said = f"remit/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        error.first_to_say = dist.distributed_c10d._get_default_store().add(said, 1) == 1
         raise
     finally:
         dist.destroy_process_group()
@@ -74,10 +79,24 @@ def _integer(name: str, default: int) -> int:
     return int(text)
 
 
-class StopSignals:
-    """Notes SIGTERM and SIGUSR1 between `__enter__` and `__exit__`; the loop asks `requested` once a step."""
+def from_rank_0(action: Callable[[], T], device: torch.device) -> T:
+    """What `action` returns on rank 0, on every rank; its RemitError is raised on every rank, so that none waits."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [action()]
+        except RemitError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, device=device)
+    if isinstance(outcome[0], RemitError):
+        raise outcome[0]
+    return outcome[0]
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+class StopSignals:
+    """Notes SIGTERM, SIGUSR1 and SIGINT between `__enter__` and `__exit__`; the loop asks `requested` once a step."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested = False

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
-from launch.smoke import arithmetic, build, corpus, report
+from launch.smoke import arithmetic, build, corpus, report, run
 from launch.smoke.tokenizer import EOD_TOKEN, train_tokenizer
+from remit_megatron.config import load_recipe
 from remit_megatron.data.manifest import quick_verify, tokenizer_hash
 from remit_megatron.errors import UserError
 from remit_megatron.train.evaluate import boxed_answer
@@ -203,3 +205,23 @@ def test_report_table_results_and_plot(tmp_path: Path) -> None:
     (tmp_path / "ntp" / "metrics.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"ntp/metrics\.jsonl"):
         report.write_report(tmp_path, runs, evaluations)
+
+
+@pytest.mark.parametrize("name", run.STAGES)
+def test_recipes_move_to_another_folder(name: str, tmp_path: Path) -> None:
+    path = run.RECIPES / f"{name}.toml"
+    written = load_recipe(path)
+    assert run.moved(tomllib.loads(path.read_text()), Path(run.FOLDER_IN_RECIPES)) == {}
+    sets = [f"{k}={run.toml(v)}" for k, v in run.moved(tomllib.loads(path.read_text()), tmp_path / "a b").items()]
+    there = load_recipe(path, sets)
+    assert str(tmp_path) in there.model_dump_json()
+    assert run.FOLDER_IN_RECIPES not in there.model_dump_json()
+    back = there.model_dump_json().replace(str(tmp_path / "a b"), run.FOLDER_IN_RECIPES)
+    assert back == written.model_dump_json()
+
+
+def test_both_mid_training_runs_differ_in_objective_and_reference_only() -> None:
+    ntp, remit = (load_recipe(run.RECIPES / f"{name}.toml").model_dump() for name in ("ntp", "remit"))
+    assert {key for key in ntp if ntp[key] != remit[key]} == {"run", "objective", "reference"}
+    assert ntp["parallel"]["tensor"] == 2
+    assert ntp["optimizer"]["min_lr"] == 1e-7

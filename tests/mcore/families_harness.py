@@ -57,16 +57,17 @@ def on_layouts(
     root = Path(folder)
     results: dict[str, Any] = {}
     for layout in layouts:
+        groups = initialize_groups(layout.parallel, seed=1)  # once for all models: making them costs a second
         for name in names:
             if name in tiny.ONE_GROUP and layout.parallel.tensor > 1:
                 continue
-            key = f"{layout.name} {name}"
             target = root / layout.name / name if (layout.name, name) in save else None
-            results[key] = _one_model(root / "checkpoint" / name, layout, target)
-            if name in train:
-                home = root / "train" / name
-                shape = read_meta(root / "checkpoint" / name).model_shape()
-                results[f"{key} remit"] = train_case(Case("remit", {"name": "remit"}, shape), layout, home)
+            results[f"{layout.name} {name}"] = _one_model(root / "checkpoint" / name, layout, target, groups)
+        leave_layout()
+        for name in train:
+            shape = read_meta(root / "checkpoint" / name).model_shape()
+            case = Case("remit", {"name": "remit"}, shape)
+            results[f"{layout.name} {name} remit"] = train_case(case, layout, root / "train" / name)
     return results
 
 
@@ -79,8 +80,7 @@ def prepare_training(folder: Path, names: list[str]) -> None:
         (home / "reference").symlink_to(folder / "reference")
 
 
-def _one_model(checkpoint: Path, layout: Layout, target: Path | None) -> dict[str, Any]:
-    groups = initialize_groups(layout.parallel, seed=1)
+def _one_model(checkpoint: Path, layout: Layout, target: Path | None, groups: Groups) -> dict[str, Any]:
     shape = read_meta(checkpoint).model_shape()
     chunks, config = build_chunks(shape, layout.parallel, BUILD, max_sequence_length=tiny.SEQUENCE)
     dist_checkpoint.load_model(checkpoint, chunks)
@@ -97,7 +97,6 @@ def _one_model(checkpoint: Path, layout: Layout, target: Path | None) -> dict[st
     gradients = _gradients(chunks, config, layout, batches, groups)
     dist.barrier()
     place = {"cp": groups.cp.rank(), "stage": groups.pp.rank(), "counts": groups.counts_loss}
-    leave_layout()
     return {"logits": logits, "gradients": gradients, "parameters": held, **place}
 
 

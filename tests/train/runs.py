@@ -131,11 +131,11 @@ def command(recipe: Path, nproc: int, *overrides: str) -> list[str]:
     return parts + [part for override in overrides for part in ("--set", override)]
 
 
-def start(recipe: Path, nproc: int, log: Path) -> subprocess.Popen[bytes]:
+def start(recipe: Path, nproc: int, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
     """The command as a user starts it, with its output in `log`."""
     with log.open("ab") as stream:
         return subprocess.Popen(
-            command(recipe, nproc), stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            command(recipe, nproc, *overrides), stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
 
 

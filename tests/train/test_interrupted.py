@@ -68,7 +68,8 @@ def test_killed_at_random_moments(folder: Path, undisturbed: list[dict[str, Any]
     chance = random.Random(5)
     during_save = kills = 0
     while kills < KILLS:
-        process = start(recipe, 2, log)
+        in_background = ["checkpoint.asynchronous=true"] if kills % 3 == 2 else []
+        process = start(recipe, 2, log, *in_background)
         begun = last_step(folder, "killed")
         target = min(begun + chance.randint(1, 4), STEPS - 1)
         if kills % 2:

@@ -54,6 +54,9 @@ def _cases(folder: Path) -> list[Case]:
     shutil.copytree(folder / "base", torn)
     for shard in torn.glob("checkpoints/*/*.distcp"):
         shard.unlink()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(folder / f"train{suffix}", folder / f"bare{suffix}")
+    bare = f'data.train=[{{path="{folder / "bare"}"}}]'
     b, g = str(base), str(guided)
     return [
         ("no such recipe", str(folder / "none.toml"), [], "none.toml: cannot be read"),
@@ -83,7 +86,14 @@ def _cases(folder: Path) -> list[Case]:
         ("checkpoint of another model", b, [f'model.init="{folder}/base"'], "contradicts the checkpoint of model.init"),
         ("run of another recipe", b, [f'run="{folder}/base"'], "holds another recipe's run (model.hidden_size = 24"),
         ("folder that is no run", b, [f'run="{folder}"'], "exists, is not empty and holds no run"),
-        ("document centring without documents", g, ["objective.centering=document", "objective.x=1"], "objective.x"),
+        ("document centring without documents", g, ["objective.centering=document", bare], "needs data.eod_id"),
+        ("document masks without documents", b, ["data.document_mask=true", bare], "needs data.eod_id"),
+        ("EOD past the vocabulary", b, ["data.eod_id=61"], "data.eod_id = 61 is not in the vocabulary"),
+        ("odd head width", b, ["model.kv_channels=7"], "model.kv_channels = 7 is odd"),
+        ("infinite clip", b, ["optimizer.clip_grad_norm=inf"], "optimizer.clip_grad_norm"),
+        ("merged scoring", g, ["reference.merge_microbatches=3"], "reference.merge_microbatches = 3 does not fit"),
+        ("run folder below a file", b, [f'run="{base}/run"'], "cannot be used"),
+        ("DALI asked for and absent", b, ["data.loader=dali"], "needs NVIDIA DALI"),
         ("TE asked for and absent", b, ["model.implementation=transformer_engine"], "Transformer Engine"),
         ("no CUDA", b, ["compute.device=cuda"], "compute.device = 'cuda'"),
     ]

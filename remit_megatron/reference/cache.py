@@ -1,0 +1,348 @@
+"""Reference scores on disk: 2 bytes a token, in blocks with checksums, keyed by source and number of the sample.
+
+PATH/manifest.json              what the scores belong to, and how many samples of each source are scored
+PATH/source-000/00000012.scores one block: header with the payload's SHA-256, then uint16 [samples, s]
+
+A block's file is complete or absent, and its bytes follow from the manifest and its number alone. So scoring resumes
+after any kill, shards work in one folder or are merged by copying their files together, and the result is the same.
+"""
+
+import fcntl
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from remit_megatron.data.files import write_atomically, writing
+from remit_megatron.errors import RunError, UserError
+from remit_megatron.ops.score_steps import LARGEST, STEPS_PER_NAT
+
+FORMAT = 1
+BLOCK_BYTES = 4 << 20
+VERIFY_BYTES = 256 << 20
+"""A cache is read whole at start up to this size; a larger one block by block, before a block's first use."""
+MAX_SATURATED_SHARE = 1e-3
+MAGIC = b"RMSCORE1"
+HEADER = struct.Struct("<8sIQIIQQ32s")
+
+
+class SourceScores(BaseModel):
+    """One source of samples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    fingerprint: str
+    """Of the dataset."""
+    samples: int = Field(ge=0)
+    """Samples from number 0 on that are scored, or will be."""
+
+
+class CacheManifest(BaseModel):
+    """What the scores belong to: everything that a score depends on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    format: int = FORMAT
+    reference: str
+    """Identity of the reference's weights."""
+    precision: str
+    """fp32, bf16 or fp8."""
+    tokenizer: str | None
+    """Hash of the tokenizer that the datasets were made with."""
+    sequence_length: int = Field(ge=1)
+    data_seed: int
+    """It orders the documents that samples are cut from."""
+    document_mask: bool
+    eod_mask_loss: bool
+    eod_id: int | None
+    """Where one of the two masks is in use."""
+    block_samples: int = Field(ge=1)
+    sources: tuple[SourceScores, ...]
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json durably, with a checksum of its own."""
+        content = self.model_dump(mode="json")
+        content["checksum"] = _checksum(content)
+        write_atomically(folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
+
+    @staticmethod
+    def read(folder: Path, key: str) -> "CacheManifest":
+        """Raises UserError naming the recipe key where there is none, or a damaged one."""
+        path = folder / "manifest.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            checksum = content.pop("checksum", None)
+            manifest = CacheManifest.model_validate_json(json.dumps(content))
+        except FileNotFoundError:
+            raise UserError(f"{key}: {folder} holds no scores: make them with `remit score`") from None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise UserError(f"{key}: {path} is no valid manifest ({reason}): score again") from None
+        if checksum != _checksum(content) or manifest.format != FORMAT:
+            raise UserError(f"{key}: {path} was damaged, edited or is of another format: score again")
+        return manifest
+
+
+class Block(NamedTuple):
+    """A range of samples of one source."""
+
+    source: int
+    number: int
+    first: int
+    samples: int
+
+
+class BlockHeader(NamedTuple):
+    saturated: int
+    """Tokens at the largest score that can be stored."""
+    tokens: int
+    """Unmasked tokens."""
+    payload_sha256: bytes
+
+
+def blocks_of(manifest: CacheManifest) -> list[Block]:
+    """All blocks in order of source and number."""
+    return [
+        _block(manifest, source, number)
+        for source, one in enumerate(manifest.sources)
+        for number in range(-(-one.samples // manifest.block_samples))
+    ]
+
+
+def _block(manifest: CacheManifest, source: int, number: int) -> Block:
+    first = number * manifest.block_samples
+    return Block(source, number, first, min(manifest.block_samples, manifest.sources[source].samples - first))
+
+
+def block_samples(sequence_length: int) -> int:
+    """Samples a block: BLOCK_BYTES of them."""
+    return max(1, BLOCK_BYTES // (2 * sequence_length))
+
+
+class ScoreCache:
+    """A folder of scores. Reading is safe from any thread; one process a shard writes."""
+
+    def __init__(self, folder: Path, manifest: CacheManifest, key: str = "reference.scores"):
+        self.folder = folder
+        self.manifest = manifest
+        self.key = key
+        """Recipe key or flag that named the folder, for messages."""
+        self._sources = list(range(len(manifest.sources)))
+        """The cache's number of each of the run's sources."""
+        self._maps: dict[tuple[int, int], np.ndarray] = {}
+
+    # Writing.
+
+    @staticmethod
+    def begin(folder: Path, manifest: CacheManifest, key: str) -> "ScoreCache":
+        """Open for writing: make the folder, or go on with it. Raises UserError where it holds other scores."""
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / ".lock", wait=True):
+            if (folder / "manifest.json").exists():
+                found = CacheManifest.read(folder, key)
+                check_same(found, manifest, folder, key)
+                merged = tuple(
+                    a if a.samples >= b.samples else b for a, b in zip(found.sources, manifest.sources, strict=True)
+                )
+                manifest = found.model_copy(update={"sources": merged})
+                if manifest == found:
+                    return ScoreCache(folder, manifest, key)
+            manifest.write(folder)
+        return ScoreCache(folder, manifest, key)
+
+    @contextmanager
+    def writing_shard(self, shard: int, shards: int) -> Iterator[None]:
+        """Raises UserError where another process writes the same shard."""
+        with _lock(self.folder / f".shard-{shard}-of-{shards}.lock", wait=False):
+            yield
+
+    def write_block(self, block: Block, steps: np.ndarray, mask: np.ndarray) -> None:
+        """steps [samples, s] of int32 in [0, 65535]; mask [samples, s], nonzero where a token is scored.
+
+        Raises RunError for a score that is not a number, and where the disk refuses.
+        """
+        if (steps < 0).any():
+            sample, position = np.argwhere(steps < 0)[0].tolist()
+            raise RunError(
+                f"the reference's score of sample {block.first + sample}, position {position} of source {block.source} "
+                "is not a number: its weights or its precision are broken"
+            )
+        payload = steps.astype("<u2").tobytes()
+        saturated, tokens = int(((steps == LARGEST) & (mask > 0)).sum()), int((mask > 0).sum())
+        header = (MAGIC, block.source, block.first, *steps.shape, saturated, tokens, hashlib.sha256(payload).digest())
+        path = self._path(block.source, block.number)
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+        write_atomically(path, HEADER.pack(*header) + payload)
+
+    def is_whole(self, block: Block) -> bool:
+        """Whether a block is there and undamaged."""
+        try:
+            self._verified(block)
+        except (UserError, RunError):
+            return False
+        return True
+
+    # Reading.
+
+    @staticmethod
+    def open(
+        folder: Path, wanted: CacheManifest, key: str = "reference.scores", *, verify: bool = True
+    ) -> "ScoreCache":
+        """Open for a run whose scores would have the manifest `wanted`.
+
+        Its sources may be some of the cache's, in any order. Raises UserError naming what differs and, with `verify`, a
+        block that is missing or damaged, or saturation.
+        """
+        found = CacheManifest.read(folder, key)
+        check_same(found, wanted, folder, key, sources=False)
+        cache = ScoreCache(folder, found, key)
+        if verify:
+            cache._check_blocks()
+        cache._sources = [cache._source_of(i, one) for i, one in enumerate(wanted.sources)]
+        return cache
+
+    def scores(self, source: int, number: int) -> np.ndarray:
+        """Reference NLL [s] float32, nats, of one sample of the run's source. Raises RunError for a damaged block."""
+        return self.steps(source, number).astype(np.float32) / np.float32(STEPS_PER_NAT)
+
+    def steps(self, source: int, number: int) -> np.ndarray:
+        """The same as it is stored, [s] uint16."""
+        index, row = divmod(number, self.manifest.block_samples)
+        place = self._sources[source], index
+        if place not in self._maps:
+            block = _block(self.manifest, *place)
+            self._maps[place] = self._verified(block)
+        return self._maps[place][row]
+
+    def saturated_share(self) -> float:
+        """Share of scored tokens at the largest score, over the blocks that are there."""
+        headers = [self._header(block)[0] for block in blocks_of(self.manifest) if self._path(*block[:2]).exists()]
+        return sum(h.saturated for h in headers) / max(1, sum(h.tokens for h in headers))
+
+    def check_saturation(self) -> None:
+        """Raises UserError where more than MAX_SATURATED_SHARE of the tokens are saturated."""
+        share = self.saturated_share()
+        if share > MAX_SATURATED_SHARE:
+            raise UserError(
+                f"{self.key}: {self.folder} has {share:.2%} of its tokens at the largest score that it can hold "
+                f"({LARGEST / STEPS_PER_NAT:.2f} nats): such a reference does not know these data; score online instead"
+            )
+
+    def missing(self) -> list[Block]:
+        """Blocks whose file is not there."""
+        return [block for block in blocks_of(self.manifest) if not self._path(block.source, block.number).exists()]
+
+    def _source_of(self, i: int, wanted: SourceScores) -> int:
+        fingerprints = [one.fingerprint for one in self.manifest.sources]
+        if wanted.fingerprint not in fingerprints:
+            known = ", ".join(one[:12] for one in fingerprints)
+            raise UserError(
+                f"{self.key}: {self.folder} has no scores of the dataset of data.train[{i}] "
+                f"({wanted.fingerprint[:12]}; it has {known}): run `remit score` with this recipe"
+            )
+        source = fingerprints.index(wanted.fingerprint)
+        samples = self.manifest.sources[source].samples
+        if samples < wanted.samples:
+            raise UserError(
+                f"{self.key}: {self.folder} has scores of {samples:,} samples of data.train[{i}], the run needs "
+                f"{wanted.samples:,}: run `remit score` with this recipe, it adds the rest"
+            )
+        return source
+
+    def _check_blocks(self) -> None:
+        missing = self.missing()
+        if missing:
+            raise UserError(
+                f"{self.key}: {self.folder} lacks {len(missing)} of {len(blocks_of(self.manifest))} blocks, first "
+                f"{self._path(missing[0].source, missing[0].number).name} of source {missing[0].source}: a shard is "
+                "missing or was not finished; run `remit score` again, it adds what is missing"
+            )
+        self.check_saturation()
+        blocks = blocks_of(self.manifest)
+        if sum(b.samples for b in blocks) * self.manifest.sequence_length * 2 <= VERIFY_BYTES:
+            try:
+                for block in blocks:
+                    self._verified(block)
+            except RunError as error:
+                raise UserError(str(error)) from None
+
+    def _path(self, source: int, number: int) -> Path:
+        return self.folder / f"source-{source:03d}" / f"{number:08d}.scores"
+
+    def _header(self, block: Block) -> tuple[BlockHeader, Path]:
+        path = self._path(block.source, block.number)
+        try:
+            with path.open("rb") as stream:
+                magic, source, first, samples, length, *rest = HEADER.unpack(stream.read(HEADER.size))
+        except (OSError, struct.error) as error:
+            raise RunError(f"{path}: cannot be read: {error}; delete it and run `remit score` again") from None
+        expected = (MAGIC, block.source, block.first, block.samples, self.manifest.sequence_length)
+        if (magic, source, first, samples, length) != expected:
+            raise RunError(f"{path}: its header is not that of this block; delete it and run `remit score` again")
+        return BlockHeader(*rest), path
+
+    def _verified(self, block: Block) -> np.ndarray:
+        """A block's steps [samples, s], mapped, after a look at every byte."""
+        header, path = self._header(block)
+        shape = (block.samples, self.manifest.sequence_length)
+        if path.stat().st_size != HEADER.size + 2 * shape[0] * shape[1]:
+            raise RunError(f"{path}: its size is not that of its content; delete it and run `remit score` again")
+        steps = np.memmap(path, dtype="<u2", mode="r", offset=HEADER.size, shape=shape)
+        if hashlib.sha256(np.ascontiguousarray(steps).data).digest() != header.payload_sha256:
+            raise RunError(
+                f"{path}: its SHA-256 is not the one in its header, so it was damaged; delete it and run `remit score` "
+                "again"
+            )
+        return steps
+
+
+def check_same(found: CacheManifest, wanted: CacheManifest, folder: Path, key: str, *, sources: bool = True) -> None:
+    """Raises UserError naming the first thing in which the scores found differ from those wanted."""
+    names = {
+        "reference": "the reference's weights",
+        "precision": "the precision",
+        "tokenizer": "the tokenizer",
+        "sequence_length": "data.sequence_length",
+        "data_seed": "data.seed",
+        "document_mask": "data.document_mask",
+        "eod_mask_loss": "data.eod_mask_loss",
+        "eod_id": "data.eod_id",
+    }
+    for name, words in names.items():
+        a, b = getattr(found, name), getattr(wanted, name)
+        if a != b:
+            raise UserError(
+                f"{key}: the scores in {folder} do not fit: {words} was {_short(a)} when they were made, this recipe "
+                f"has {_short(b)}: run `remit score` into another folder"
+            )
+    if sources and [s.fingerprint for s in found.sources] != [s.fingerprint for s in wanted.sources]:
+        raise UserError(
+            f"{key}: {folder} holds scores of other datasets than data.train: run `remit score` into another folder"
+        )
+
+
+def _short(value: Any) -> Any:
+    return value[:12] if isinstance(value, str) else value
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _lock(path: Path, *, wait: bool) -> Iterator[None]:
+    """The kernel's lock: it goes with the process, however that ends."""
+    with writing(path), path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"{path.parent}: another process scores this shard: wait for it or stop it") from None
+        yield

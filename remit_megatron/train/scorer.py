@@ -1,0 +1,140 @@
+"""Scores of given samples under the reference, in any layout, as a cache stores them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from remit_megatron.config import Recipe
+from remit_megatron.data.loader import stack
+from remit_megatron.errors import UserError
+from remit_megatron.mcore.attention import zigzag_slice
+from remit_megatron.mcore.datasets import TrainingData
+from remit_megatron.mcore.groups import Groups
+from remit_megatron.mcore.step import make_forward_step
+from remit_megatron.objectives import NTP
+from remit_megatron.ops.score_steps import STEPS_PER_NAT, quantise
+from remit_megatron.reference.cache import CacheManifest, ScoreCache, SourceScores, block_samples
+from remit_megatron.reference.online import Reference
+from remit_megatron.train.models import Plan
+
+SampleNumber = tuple[int, int]
+"""Source and number of the sample in it."""
+MEAN_ERROR_NATS = {"fp32": 1e-3, "bf16": 0.02, "fp8": 0.1}
+"""What re-scoring may differ by from stored scores, in the mean: half a step (1.2e-4 in the mean), and the round-off of
+another layout or microbatch in the precision. Scores of another model or of other tokens differ by tenths of nats."""
+
+
+class ScoreError(NamedTuple):
+    """Of stored scores against new ones, over unmasked tokens."""
+
+    mean_nats: float
+    largest_nats: float
+    tokens: int
+
+
+def cache_manifest(recipe: Recipe, plan: Plan, data: TrainingData, tokenizer: str | None) -> CacheManifest:
+    """What the scores that this recipe needs would be."""
+    assert recipe.reference is not None
+    assert plan.reference_identity is not None
+    settings = recipe.data
+    masked = settings.document_mask or settings.eod_mask_loss
+    precision = "bf16" if plan.dtype is torch.bfloat16 else "fp32"
+    return CacheManifest(
+        reference=plan.reference_identity,
+        precision="fp8" if recipe.reference.precision == "fp8" else precision,
+        tokenizer=tokenizer,
+        sequence_length=settings.sequence_length,
+        data_seed=settings.seed,
+        document_mask=settings.document_mask,
+        eod_mask_loss=settings.eod_mask_loss,
+        eod_id=data.eod_id if masked else None,
+        block_samples=block_samples(settings.sequence_length),
+        sources=tuple(
+            SourceScores(fingerprint=source.info.fingerprint, samples=count)
+            for source, count in zip(data.sources, data.order.needed(), strict=True)
+        ),
+    )
+
+
+class Scorer:
+    """Runs the reference forward-only over chosen samples. Methods are collective."""
+
+    def __init__(self, recipe: Recipe, data: TrainingData, reference: Reference, groups: Groups):
+        assert recipe.reference is not None
+        self.recipe = recipe
+        self.data = data
+        self.reference = reference
+        self.groups = groups
+        self._merge = recipe.reference.merge_microbatches
+        self._step = make_forward_step(NTP(), groups=groups, merge_microbatches=self._merge)
+
+    def score(self, samples: Sequence[SampleNumber]) -> tuple[Tensor, Tensor]:
+        """(steps, mask) of samples, [n, s] int32 and float32 on the CPU: whole on the last stage's ranks, 0 elsewhere.
+
+        A score that is not a number is -1.
+        """
+        length, size, dp = self.recipe.data.sequence_length, self.recipe.batch.microbatch_samples, self.groups.dp
+        places, batches = self._deal(len(samples), size, dp.rank(), dp.size()), []
+        for rows in places:
+            chosen = [samples[min(row, len(samples) - 1)] for row in rows]
+            batches.append(stack([self.data.sample_of(*one) for one in chosen]))
+        scores = self._step.nll_of(self.reference.chunks, batches)
+        steps = torch.zeros(2, len(samples), length, dtype=torch.int32, device=self.reference.device)
+        if not self.groups.is_last_stage:
+            return steps[0].cpu(), steps[1].float().cpu()
+        cp = self.groups.cp
+        positions = zigzag_slice(torch.arange(length)[None], cp.rank(), cp.size())[0].to(steps.device)
+        for rows, batch, score in zip(places, batches, scores, strict=True):
+            mask = batch["loss_mask"].to(steps.device)[:, positions].int()
+            for i, row in enumerate(rows):
+                if row < len(samples):  # the rest only fills the last round
+                    steps[:, row, positions] = torch.stack([quantise(score[i]), mask[i]])
+        dist.all_reduce(steps, group=self.groups.dp_cp)
+        return steps[0].cpu(), steps[1].float().cpu()
+
+    def _deal(self, count: int, size: int, rank: int, ranks: int) -> list[range]:
+        """Rows of each microbatch of this data-parallel rank; rows from `count` on only fill up."""
+        p = self.recipe.parallel
+        # An interleaved schedule takes whole rounds of microbatches only, and merged ones must be of one size.
+        unit = self._merge * (p.pipeline if p.virtual_pipeline > 1 else 1)
+        rounds = -(-count // (size * ranks * unit)) * unit
+        return [range(start, start + size) for start in ((i * ranks + rank) * size for i in range(rounds))]
+
+    def compare(self, cache: ScoreCache, samples: Sequence[SampleNumber]) -> ScoreError:
+        """Error of stored scores, on every rank."""
+        steps, mask = self.score(samples)
+        stored = torch.from_numpy(np.stack([cache.steps(s, k).astype(np.int32) for s, k in samples]))
+        error = ((steps - stored).abs() * mask).double() / STEPS_PER_NAT
+        sums = torch.stack([error.sum(), mask.double().sum()]) * float(self.groups.counts_loss)
+        largest = error.amax() * float(self.groups.counts_loss)
+        sums, largest = sums.to(self.reference.device), largest.to(self.reference.device)
+        dist.all_reduce(sums)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        total, tokens = (sums / self.groups.dp_cp.size()).tolist()  # each slice of the batch has counted the whole
+        return ScoreError(total / max(tokens, 1), float(largest), int(tokens))
+
+    def check(self, cache: ScoreCache, samples: Sequence[SampleNumber]) -> ScoreError:
+        """`compare`, and UserError where the stored scores are not this reference's of these samples."""
+        error = self.compare(cache, samples)
+        allowed = MEAN_ERROR_NATS[cache.manifest.precision]
+        if not error.mean_nats <= allowed:
+            raise UserError(
+                f"{cache.key}: the scores in {cache.folder} are not those of reference.path: scored again, "
+                f"{len(samples)} samples differ by {error.mean_nats:.2g} nats in the mean (allowed: {allowed:g}); run "
+                "`remit score` into another folder"
+            )
+        return error
+
+
+def random_samples(counts: Sequence[int], number: int, seed: int = 0) -> list[SampleNumber]:
+    """`number` samples, at most all, drawn without repetition from sources with so many samples each."""
+    generator = np.random.default_rng(seed)
+    total = sum(counts)
+    drawn: Any = np.sort(generator.choice(total, size=min(number, total), replace=False))
+    ends = np.cumsum(counts)
+    sources = np.searchsorted(ends, drawn, side="right")
+    return [(int(s), int(n - (ends[s] - counts[s]))) for s, n in zip(sources, drawn, strict=True)]

@@ -1,0 +1,287 @@
+"""Scores on disk: they give the online run again in any layout, survive kills, and a cache that does not fit is refused."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from remit_megatron.config import dump_toml, parse_recipe
+from remit_megatron.errors import RemitError, RunError
+from remit_megatron.reference.cache import HEADER, CacheManifest, ScoreCache, SourceScores, blocks_of
+from tests.ranks import run_ranks
+from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all, wait_for
+
+SMALL_BLOCKS = 10 * 2 * SEQUENCE
+"""Ten samples, so that a run of 96 has ten blocks, the last a short one."""
+
+
+def score_all(rank: int, jobs: list[tuple[Any, str, tuple[int, int], int]]) -> list[tuple[int, str]]:
+    """Jobs (recipe, folder, shard, samples to check) one after the other; (exit code, message) of each."""
+    import torch
+    import torch.distributed as dist
+
+    from remit_megatron.mcore.platform import activate
+    from remit_megatron.reference import cache
+    from remit_megatron.train.runtime import Process
+    from remit_megatron.train.score import score_on
+    from tests.mcore.harness import leave_layout
+
+    activate("cpu")
+    cache.BLOCK_BYTES = SMALL_BLOCKS
+    size = dist.get_world_size()
+    process = Process(rank=rank, world_size=size, local_rank=rank, local_world_size=size, device=torch.device("cpu"))
+    outcomes = []
+    for recipe, folder, shard, check in jobs:
+        try:
+            score_on(parse_recipe(recipe), Path(folder), process, shard, check)
+            outcomes.append((0, ""))
+        except RemitError as error:
+            outcomes.append((error.exit_code, str(error)))
+        finally:
+            dist.barrier()
+            leave_layout()
+    return outcomes
+
+
+def score_and_train(rank: int, jobs: list[Any], recipes: list[Any]) -> list[tuple[int, str]]:
+    return score_all(rank, jobs) + train_all(rank, recipes)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file but the locks, temporary ones included."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def cached(folder: Path, run: str, scores: Path, **changes: Any) -> dict[str, Any]:
+    recipe = remit(folder, run, **changes)
+    recipe["reference"]["scores"] = str(scores)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def scores(folder: Path) -> Path:
+    """Scores made on one rank; runs online, online and rounded, and from these scores."""
+    path = folder / "scores"
+    rounded = remit(folder, "scores rounded")
+    rounded["reference"]["round_scores"] = True
+    selected = {"objective": {"name": "rho1", "scope": "global"}}
+    selected_rounded = remit(folder, "scores selected rounded", **selected)
+    selected_rounded["reference"]["round_scores"] = True
+    recipes = [
+        remit(folder, "scores online"),
+        rounded,
+        cached(folder, "scores cached", path),
+        selected_rounded,
+        cached(folder, "scores selected cached", path, **selected),
+    ]
+    recipes[2]["reference"]["check_samples"] = 0
+    (outcomes,) = run_ranks(1, score_and_train, [(remit(folder, "x"), str(path), (0, 1), 0)], recipes)
+    assert outcomes == [(0, "")] * 6
+    return path
+
+
+def test_cached_is_online_rounded_bit_for_bit(folder: Path, scores: Path) -> None:
+    assert metrics(folder, "scores cached") == metrics(folder, "scores rounded")
+    assert metrics(folder, "scores selected cached") == metrics(folder, "scores selected rounded")
+    # Rounding errs by half a step, 2.5e-4 nat, in the gap; a token's weight by half of that at most.
+    for got, want in zip(metrics(folder, "scores cached"), metrics(folder, "scores online"), strict=True):
+        assert got != want
+        assert got["weight_mean"] == pytest.approx(want["weight_mean"], abs=2.5e-4)
+        assert got["ref_nll"] == pytest.approx(want["ref_nll"], abs=2.5e-4)
+
+
+def test_content_on_disk(folder: Path, scores: Path) -> None:
+    """Two bytes a token, one file a block of ten samples, and what is stored is the reference's NLL."""
+    files = sorted(scores.rglob("*.scores"))
+    assert [p.name for p in files] == [f"{i:08d}.scores" for i in range(10)]
+    payload = sum(p.stat().st_size - HEADER.size for p in files)
+    assert payload == 12 * SAMPLES * SEQUENCE * 2
+    steps = np.concatenate([np.frombuffer(p.read_bytes()[HEADER.size :], dtype="<u2") for p in files])
+    assert steps.std() > 100
+    # The run's steps read these samples in this order, each once.
+    online = [line["ref_nll"] for line in metrics(folder, "scores online")]
+    per_step = steps.reshape(12, -1).mean(axis=1) / 2048
+    assert per_step == pytest.approx(online, abs=2.5e-4)
+
+
+def test_other_layouts_and_batches(folder: Path, scores: Path) -> None:
+    """Made in two shards at TP2, read at PP2 and DP2 with other batches; the order of the blocks is of no account."""
+    path, again = folder / "scores tp2", folder / "scores cp2"
+    tp2 = remit(folder, "x", parallel={"tensor": 2})
+    cp2 = remit(folder, "x", parallel={"context": 2}, batch={"microbatch_samples": 4})
+    batch = {"global_batch_tokens": SEQUENCE * 16, "microbatch_samples": 4}
+    layouts = {"pp2": {"pipeline": 2, "virtual_pipeline": 2}, "dp2": {}}
+    recipes = []
+    for name, layout in layouts.items():
+        recipes.append(remit(folder, f"scores {name} online", parallel=layout, batch=batch))
+        recipes.append(cached(folder, f"scores {name} cached", path, parallel=layout, batch=batch))
+    jobs = [
+        (tp2, str(path), (1, 2), 0),
+        (tp2, str(path), (0, 2), 0),
+        (cp2, str(again), (0, 1), 0),
+        (remit(folder, "x"), str(path), (0, 1), 40),
+    ]
+    for outcomes in run_ranks(2, score_and_train, jobs, recipes):
+        assert outcomes == [(0, "")] * 8
+    for name in layouts:
+        pairs = zip(metrics(folder, f"scores {name} cached"), metrics(folder, f"scores {name} online"), strict=True)
+        for got, want in pairs:
+            assert got["ref_nll"] == pytest.approx(want["ref_nll"], abs=2.5e-4)
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)
+    # Another layout's round-off moves a score over the edge of a step now and then, and by no more than a step.
+    whole = content(scores)
+    for other in (path, again):
+        assert content(other).keys() == whole.keys()
+        for name, data in content(other).items():
+            if name.endswith(".scores"):
+                a, b = (np.frombuffer(x[HEADER.size :], dtype="<u2").astype(int) for x in (data, whole[name]))
+                assert np.abs(a - b).max() <= 1
+                assert (a != b).mean() < 0.02
+
+
+def test_each_misfit_is_refused_by_name(folder: Path, scores: Path) -> None:
+    def changed(name: str, change: Callable[[Path], None]) -> Path:
+        path = folder / f"scores {name}"
+        shutil.copytree(scores, path)
+        change(path)
+        return path
+
+    def flip(path: Path) -> None:
+        file = path / "source-000" / "00000003.scores"
+        data = bytearray(file.read_bytes())
+        data[HEADER.size + 77] ^= 4
+        file.write_bytes(data)
+
+    def edit(path: Path) -> None:
+        text = (path / "manifest.json").read_text()
+        (path / "manifest.json").write_text(text.replace('"precision": "fp32"', '"precision": "bf16"'))
+
+    def saturate(path: Path) -> None:
+        manifest = CacheManifest.read(path, "x")
+        block = blocks_of(manifest)[0]
+        cache = ScoreCache(path, manifest)
+        steps = np.full((block.samples, SEQUENCE), 65535, dtype=np.int32)
+        cache.write_block(block, steps, np.ones_like(steps))
+
+    def of_another_model(path: Path) -> None:
+        """Whole and consistent, but the numbers are others."""
+        manifest = CacheManifest.read(path, "x")
+        for block in blocks_of(manifest):
+            steps = np.full((block.samples, SEQUENCE), 4000, dtype=np.int32)
+            ScoreCache(path, manifest).write_block(block, steps, np.ones_like(steps))
+
+    base = folder / "scores other reference"
+    shutil.copytree(folder / "base", base)
+    for meta in base.glob("checkpoints/*/meta.json"):
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "tokens": 5}))
+    run = "scores refused"
+    more = {"schedule": {"train_tokens": 20 * SEQUENCE * SAMPLES}}
+    bf16 = {"compute": {"precision": "bf16"}}
+    other_data = {"data": {"train": [{"path": str(folder / "held")}]}, **more}
+    cases = {
+        "the reference's weights": cached(folder, run, scores, reference={"path": str(base)}),
+        "data.sequence_length": cached(folder, run, scores, data={"sequence_length": 8}),
+        "data.seed": cached(folder, run, scores, data={"seed": 5}),
+        "data.document_mask": cached(folder, run, scores, data={"document_mask": True}),
+        "data.eod_mask_loss": cached(folder, run, scores, data={"eod_mask_loss": True}),
+        "the precision was fp32": cached(folder, run, scores, **bf16),
+        "no scores of the dataset": cached(folder, run, scores, **other_data),
+        "the run needs 160": cached(folder, run, scores, **more),
+        "its SHA-256": cached(folder, run, changed("flipped", flip)),
+        "lacks 1 of 10 blocks": cached(
+            folder, run, changed("lacking", lambda p: (p / "source-000" / "00000007.scores").unlink())
+        ),
+        "manifest.json was damaged": cached(folder, run, changed("edited", edit)),
+        "of its tokens at the largest score": cached(folder, run, changed("saturated", saturate)),
+        "are not those of reference.path": cached(folder, run, changed("exchanged", of_another_model)),
+        "holds no scores": cached(folder, run, folder / "nowhere"),
+    }
+    (outcomes,) = run_ranks(1, train_all, list(cases.values()))
+    problems = [
+        f"{message}: {code} {text}"
+        for message, (code, text) in zip(cases, outcomes, strict=True)
+        if code != 2 or message not in text or "reference.scores" not in text and "SHA-256" not in text
+    ]
+    assert not problems, "\n".join(problems)
+    assert not (folder / run).exists(), "a refused run wrote something"
+
+
+def test_tokenizer_and_growth(tmp_path: Path) -> None:
+    """A cache of another tokenizer is refused; one with fewer samples grows, and keeps what it has."""
+    manifest = CacheManifest(
+        reference="r",
+        precision="fp32",
+        tokenizer="a",
+        sequence_length=4,
+        data_seed=1,
+        document_mask=False,
+        eod_mask_loss=False,
+        eod_id=None,
+        block_samples=3,
+        sources=(SourceScores(fingerprint="d", samples=4), SourceScores(fingerprint="e", samples=0)),
+    )
+    cache = ScoreCache.begin(tmp_path, manifest, "--output")
+    for block in blocks_of(manifest):
+        steps = np.arange(block.samples * 4, dtype=np.int32).reshape(-1, 4) + block.first
+        cache.write_block(block, steps, np.ones_like(steps))
+    with pytest.raises(RemitError, match="the tokenizer was a when they were made, this recipe has b"):
+        ScoreCache.open(tmp_path, manifest.model_copy(update={"tokenizer": "b"}))
+    with pytest.raises(RunError, match="sample 3, position 1 of source 0 is not a number"):
+        cache.write_block(blocks_of(manifest)[1], np.array([[1, -1, 2, 3]]), np.ones((1, 4)))
+
+    swapped = manifest.model_copy(update={"sources": manifest.sources[::-1]})
+    assert ScoreCache.open(tmp_path, swapped).scores(1, 3).tolist() == [x / 2048 for x in (3, 4, 5, 6)]
+    more = manifest.model_copy(update={"sources": (SourceScores(fingerprint="d", samples=5), manifest.sources[1])})
+    grown = ScoreCache.begin(tmp_path, more, "--output")
+    assert [grown.is_whole(block) for block in blocks_of(grown.manifest)] == [True, False]
+    fewer = ScoreCache.begin(tmp_path, manifest, "--output")
+    assert fewer.manifest.sources[0].samples == 5
+    with fewer.writing_shard(0, 2), pytest.raises(RemitError, match="another process"), grown.writing_shard(0, 2):
+        raise AssertionError("two processes write one shard")
+
+
+SCRIPT = f"""
+import sys
+from remit_megatron.reference import cache
+cache.BLOCK_BYTES = {SMALL_BLOCKS // 5}
+from remit_megatron.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_scorer_leaves_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    """kill -9 at random moments of the work; the cache is then byte for byte that of an undisturbed scorer."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(dump_toml(parse_recipe(remit(folder, "killed"))))
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, "score", str(recipe), "--output"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(path: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, str(path)], stderr=subprocess.DEVNULL, env=environment)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    generator = random.Random(0)
+    kills = 0
+    for goal in sorted(generator.sample(range(1, 46), 4)):
+        process = start(killed)
+        if wait_for(lambda goal=goal: len(list(killed.rglob("*.scores"))) >= goal, process):
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 3
+    assert len(list(killed.rglob("*.scores"))) < 48
+    assert start(killed).wait() == 0
+    assert content(killed) == content(whole)
+    assert len(content(whole)) == 48 + 1  # blocks and manifest
