@@ -24,6 +24,8 @@ STAGES = ("base", "reference", "ntp", "remit")
 RANKS = 2
 """What the recipes' layout takes."""
 MAX_NEW_TOKENS = 48
+"""Somewhat more than the longest solution."""
+EVALUATION_SAMPLES = 240
 QUICK_OVERRIDES = {
     "schedule.train_tokens": 8192,
     "schedule.warmup_tokens": 2048,
@@ -51,7 +53,8 @@ def _evaluate(name: str, out: Path, overrides: dict[str, Any], quick: bool) -> d
     arguments += ["--max-new-tokens", str(QUICK_MAX_NEW_TOKENS if quick else MAX_NEW_TOKENS)]
     arguments += ["--output", str(output)]
     # One process: decoding one token at a time has little to split.
-    _remit("eval", name, out, {**overrides, "parallel.tensor": 1}, arguments)
+    changes = {"parallel.tensor": 1, "evaluation.samples": EVALUATION_SAMPLES, **overrides}
+    _remit("eval", name, out, changes, arguments)
     figures: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return figures
 

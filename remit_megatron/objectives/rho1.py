@@ -36,6 +36,13 @@ class Rho1:
         return self.scope == "sequence"
 
     @property
+    def remark(self) -> str | None:
+        """What the log says about the setting at the start."""
+        if self.scope != "microbatch":
+            return None
+        return "objective.scope = 'microbatch': which tokens are selected depends on batch.microbatch_samples and ranks"
+
+    @property
     def global_share(self) -> float | None:
         """The share to be selected over the whole step before training on it; see `ForwardStep`."""
         return self.share if self.scope == "global" else None

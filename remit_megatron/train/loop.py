@@ -182,6 +182,11 @@ class Trainer:
             f"pipeline {p.pipeline} x {p.virtual_pipeline}, context {p.context}, data {self.groups.dp.size()}; "
             f"{self.num_microbatches} microbatches a step"
         )
+        remark = getattr(self.objective, "remark", None)
+        if remark:
+            say(remark)
+        if self.scores:
+            say(f"the reference's scores come from {self.scores.folder}")
         for source in self.sources:
             for warning in source.info.warnings:
                 say(f"warning: {warning}")

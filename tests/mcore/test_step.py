@@ -8,7 +8,7 @@ import torch
 from remit_megatron.config import Parallel
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.platform import activate
-from remit_megatron.objectives import NTP, Remit
+from remit_megatron.objectives import NTP, Remit, Rho1
 from tests.mcore.harness import BUILD, STUDENT, leave_layout
 from tests.ranks import run_ranks
 
@@ -36,8 +36,8 @@ def refusals(rank: int) -> dict[str, str]:
             dataclasses.replace(good, **changes), layer_spec(STUDENT, "local"), 61, 16, position_embedding_type="rope"
         )
 
-    def step(model: Any, objective: Any) -> None:
-        run_schedule(make_forward_step(objective), [batch], [model], forward_only=True)
+    def step(model: Any, objective: Any, **more: torch.Tensor) -> None:
+        run_schedule(make_forward_step(objective), [{**batch, **more}], [model], forward_only=True)
 
     found = {}
     cases = {
@@ -46,6 +46,7 @@ def refusals(rank: int) -> dict[str, str]:
         "mean": lambda: step(build(RemitGPTModel, calculate_per_token_loss=False), NTP()),
         "plain model": lambda: step(build(GPTModel), NTP()),
         "no reference": lambda: step(build(RemitGPTModel), Remit()),
+        "no selection": lambda: step(build(RemitGPTModel), Rho1(scope="global"), ref_nll=torch.ones(2, 16)),
     }
     for name, case in cases.items():
         try:
@@ -63,6 +64,7 @@ EXPECTED = {
     "mean": "calculate_per_token_loss must be True",
     "plain model": "must be a remit_megatron.mcore.RemitGPTModel, got GPTModel",
     "no reference": "objective 'remit' needs ref_nll",
+    "no selection": "with scope = 'global' call forward_step.prepare(...)",
 }
 
 

@@ -54,6 +54,10 @@ def test_resume(folder: Path, straight: list[dict[str, Any]]) -> None:
 
     for name in same:
         assert metrics(folder, name) == straight, name
+    checkpoints = folder / "asynchronous" / "checkpoints"
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000008", "step-00000010", "step-00000012"]
+    assert (checkpoints / "latest").read_text() == "step-00000012\n"
+    assert not list(checkpoints.glob(".partial-*"))
     for name in [*OTHER_LAYOUTS, "pp2 to tp2"]:
         compare(metrics(folder, name), metrics(folder, "straight pp2") if name == "pp2 to tp2" else straight, name)
 
@@ -66,13 +70,3 @@ def compare(got: list[dict[str, Any]], want: list[dict[str, Any]], name: str) ->
         for key in ("loss", "nll", "ref_nll", "grad_norm", "weight_mean", "lr", "eval/held/nll"):
             if key in b:
                 assert np.isclose(a[key], b[key], rtol=5e-5), f"{name} step {a['step']} {key}: {a[key]} for {b[key]}"
-
-
-def test_asynchronous_checkpoints_are_complete(folder: Path, straight: list[dict[str, Any]]) -> None:
-    """Runs after test_resume: the last ones were written in the background, and retention kept three."""
-    checkpoints = folder / "asynchronous" / "checkpoints"
-    if not checkpoints.exists():
-        pytest.skip("test_resume did not run")
-    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000008", "step-00000010", "step-00000012"]
-    assert (checkpoints / "latest").read_text() == "step-00000012\n"
-    assert not list(checkpoints.glob(".partial-*"))

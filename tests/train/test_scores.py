@@ -1,4 +1,4 @@
-"""Scores on disk: they give the online run again in any layout, survive kills, and a cache that does not fit is refused."""
+"""Scores on disk: the online run again in any layout, kills survived, and a cache that does not fit is refused."""
 
 import json
 import os
@@ -210,7 +210,7 @@ def test_each_misfit_is_refused_by_name(folder: Path, scores: Path) -> None:
     problems = [
         f"{message}: {code} {text}"
         for message, (code, text) in zip(cases, outcomes, strict=True)
-        if code != 2 or message not in text or "reference.scores" not in text and "SHA-256" not in text
+        if code != 2 or message not in text or ("reference.scores" not in text and "SHA-256" not in text)
     ]
     assert not problems, "\n".join(problems)
     assert not (folder / run).exists(), "a refused run wrote something"
