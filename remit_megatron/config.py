@@ -70,8 +70,15 @@ class Reference(Section):
     """Folder of scores made by `remit score`, read in place of running the model."""
     check_samples: NonNegative = 4
     """Samples that are scored again at the start, to compare with `scores`. 0: the model is not loaded at all."""
+    write_scores: str | None = None
+    """Folder that keeps the scores made online, rounded; samples that are scored already are read from it."""
     round_scores: bool = False
     """Round scores made online to the steps in which `remit score` stores them."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the scores that weights are made of are rounded."""
+        return self.round_scores or self.scores is not None or self.write_scores is not None
 
 
 class Source(Section):
@@ -250,7 +257,7 @@ class Recipe(Section):
         if self.reference:
             settings["reference"] = self.reference.path
             settings["reference_precision"] = self.reference.precision
-            settings["rounded_scores"] = self.reference.round_scores or self.reference.scores is not None
+            settings["rounded_scores"] = self.reference.rounds
         return settings
 
     @model_validator(mode="after")
@@ -264,15 +271,24 @@ class Recipe(Section):
             )
         if self.compute.loss_head == "sequence_chunks":
             check_by_sample(objective)
-        if self.reference and self.reference.scores and getattr(objective, "needs_reference_hidden", False):
-            raise UserError(
-                f"reference.scores holds one number a token, and objective.name = '{objective.name}' needs the "
-                "reference's whole distribution: remove it"
-            )
+        self._check_scores(objective)
         if self.optimizer.min_lr > self.optimizer.peak_lr:
             raise UserError("optimizer.min_lr must not exceed optimizer.peak_lr")
         self._check_layout()
         return self
+
+    def _check_scores(self, objective: Objective) -> None:
+        reference = self.reference
+        if reference is None or not (reference.scores or reference.write_scores):
+            return
+        if reference.scores and reference.write_scores:
+            raise UserError("reference.scores and reference.write_scores: give one of them, to read or to fill")
+        if getattr(objective, "needs_reference_hidden", False):
+            key = "scores" if reference.scores else "write_scores"
+            raise UserError(
+                f"reference.{key} is for one number a token, and objective.name = '{objective.name}' needs the "
+                "reference's whole distribution: remove it"
+            )
 
     def _check_layout(self) -> None:
         p, s = self.parallel, self.data.sequence_length

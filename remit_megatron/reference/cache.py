@@ -222,6 +222,10 @@ class ScoreCache:
             self._maps[place] = self._verified(block)
         return self._maps[place][row]
 
+    def has(self, source: int, number: int) -> bool:
+        """Whether the block of a sample of the run's source is there."""
+        return self._path(self._sources[source], number // self.manifest.block_samples).exists()
+
     def saturated_share(self) -> float:
         """Share of scored tokens at the largest score, over the blocks that are there."""
         headers = [self._header(block)[0] for block in blocks_of(self.manifest) if self._path(*block[:2]).exists()]

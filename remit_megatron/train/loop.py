@@ -28,6 +28,7 @@ from remit_megatron.train.models import build_reference, build_student, make_pla
 from remit_megatron.train.runtime import Process, StopSignals, from_rank_0, joined_process
 from remit_megatron.train.scorer import Scorer, cache_manifest, random_samples
 from remit_megatron.train.sources import open_sources
+from remit_megatron.train.write_through import WriteThrough
 
 
 def train(recipe: Recipe) -> None:
@@ -66,6 +67,10 @@ class Trainer:
         self.chunks, config = build_student(recipe, self.plan, process.device)
         self.reference = build_reference(recipe, self.plan, process.device)
         self.scores = self._open_scores()
+        self.write_through: WriteThrough | None = None
+        if recipe.reference and recipe.reference.write_scores:
+            wanted = cache_manifest(recipe, self.plan, self.data, self.tokenizer_hash)
+            self.write_through = WriteThrough(recipe, wanted, self.data, self.groups, process.device)
 
         # Everything that a mistake could stop is behind us: from here on the run folder is written to.
         from_rank_0(self.folder.claim, process.device)
@@ -97,7 +102,7 @@ class Trainer:
             self.reference.chunks if self.reference else None,
             groups=self.groups,
             merge_microbatches=recipe.reference.merge_microbatches if recipe.reference else 1,
-            round_scores=recipe.reference.round_scores if recipe.reference else False,
+            round_scores=recipe.reference.rounds if recipe.reference else False,
         )
         self.background = dist_checkpoint.BackgroundSave() if recipe.checkpoint.asynchronous else None
         self.loggers: Loggers | None = None
@@ -244,7 +249,7 @@ class Trainer:
         self.forward_step.step = step
         loaded = scored = self._now()
         if self.objective.needs_reference:
-            self.forward_step.score(batches)
+            self._score(step, batches)
             scored = self._now()
         for chunk in self.chunks:
             chunk.train()
@@ -266,6 +271,14 @@ class Trainer:
         line["skipped"] = int(not updated)
         line.update(self._timing(elapsed, scored - loaded), data_ms=data.wait_ms)
         return line, bool(stop)
+
+    def _score(self, step: int, batches: list[dict[str, torch.Tensor]]) -> None:
+        """The reference's scores, from the cache that this run fills where it has them."""
+        if self.write_through and self.write_through.read(step, batches):
+            return
+        self.forward_step.score(batches)
+        if self.write_through:
+            self.write_through.write(step, batches)
 
     def _timing(self, elapsed_s: float, score_s: float) -> dict[str, float]:
         tokens_per_s = self.recipe.batch.global_batch_tokens / elapsed_s
@@ -302,8 +315,8 @@ class Trainer:
             raise RunError(
                 f"{self.meta.bad_steps} steps in a row had a gradient norm that is not finite "
                 f"(optimizer.max_bad_steps = {self.recipe.optimizer.max_bad_steps}), last at step {self.meta.step}: "
-                f"look at the data of these steps, or start another run folder with model.init = '{self.recipe.run}' and a "
-                "lower optimizer.peak_lr"
+                f"look at the data of these steps, or start another run folder with model.init = '{self.recipe.run}' "
+                "and a lower optimizer.peak_lr"
             )
 
     # Checkpoints.

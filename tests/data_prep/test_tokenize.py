@@ -17,6 +17,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer
 
+from data_prep import readers
 from data_prep.merge import merge
 from data_prep.tokenize import TokenizeSettings, tokenize
 from remit_megatron.data.indexed import open_index
@@ -111,7 +112,14 @@ def compressed(path: Path, text: bytes, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_compressed(kind: str, tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[Path, Path]) -> None:
+def test_compressed(
+    kind: str,
+    tmp_path: Path,
+    tokenizer_dirs: dict[str, Path],
+    plain: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(readers, "BATCH_BYTES", 5000)  # many parts of one file
     path = compressed(tmp_path / f"in.jsonl.{kind}", plain[0].read_bytes(), kind)
     run(path, tokenizer_dirs["olmo2"], tmp_path / "data", part_bytes=10_000)
     assert our_files(tmp_path / "data") == our_files(plain[1])

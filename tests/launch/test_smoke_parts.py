@@ -15,7 +15,7 @@ from launch.smoke import arithmetic, build, corpus, report, run
 from launch.smoke.tokenizer import EOD_TOKEN, train_tokenizer
 from remit_megatron.config import load_recipe
 from remit_megatron.data.manifest import quick_verify, tokenizer_hash
-from remit_megatron.errors import UserError
+from remit_megatron.errors import RunError, UserError
 from remit_megatron.train.evaluate import boxed_answer
 
 
@@ -225,3 +225,10 @@ def test_both_mid_training_runs_differ_in_objective_and_reference_only() -> None
     assert {key for key in ntp if ntp[key] != remit[key]} == {"run", "objective", "reference"}
     assert ntp["parallel"]["tensor"] == 2
     assert ntp["optimizer"]["min_lr"] == 1e-7
+
+
+def test_a_stage_that_fails_ends_the_run_with_its_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="remit train of base ended with exit code 2") as error:
+        run.remit("train", "base", tmp_path, {"schedule.train_token": 1}, [])
+    assert error.value.exit_code == 2
+    assert not (tmp_path / "base").exists()

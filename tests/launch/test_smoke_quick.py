@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 
 
-def smoke(out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.smoke", "--quick", "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
-
-
 @pytest.mark.slow
 def test_quick_run_ends_with_table_results_and_plot(tmp_path: Path) -> None:
-    result = smoke(tmp_path)
+    command = [sys.executable, "-m", "launch.smoke", "--quick", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     rows = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert [row["run"] for row in rows] == ["base", "reference", "ntp", "remit"]
@@ -25,10 +21,3 @@ def test_quick_run_ends_with_table_results_and_plot(tmp_path: Path) -> None:
     assert f"plot: {tmp_path / 'mid_training.png'}" in result.stdout
     steps = [json.loads(line) for line in (tmp_path / "remit" / "metrics.jsonl").read_text().splitlines()]
     assert all(abs(step["weight_mean"] - 1) < 0.2 for step in steps)
-
-    # A stage that fails ends the run with its own exit code.
-    for path in (tmp_path / "base").rglob("latest"):
-        path.write_text("step-99999999")
-    again = smoke(tmp_path)
-    assert again.returncode == 1
-    assert "remit train of base ended with exit code 1" in again.stderr

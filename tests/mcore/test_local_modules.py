@@ -1,4 +1,4 @@
-"""The package's own modules inside Megatron against plain definitions: attention, head, greedy decoding, checkpoints."""
+"""The package's own modules inside Megatron against plain definitions: attention, the loss hook, greedy decoding."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -20,9 +20,9 @@ def refusals(rank: int) -> dict[str, str]:
 
     from megatron.core.models.gpt import GPTModel
 
+    from remit_megatron.mcore.families import layer_spec
     from remit_megatron.mcore.groups import initialize_groups
     from remit_megatron.mcore.loss_hook import RemitGPTModel
-    from remit_megatron.mcore.families import layer_spec
     from remit_megatron.mcore.model import make_config
     from remit_megatron.mcore.step import make_forward_step, run_schedule
 

@@ -11,7 +11,6 @@ import pytest
 from tests.ranks import run_ranks
 from tests.train.runs import settings, train_all
 
-
 BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
 
 

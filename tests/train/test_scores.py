@@ -149,6 +149,48 @@ def test_other_layouts_and_batches(folder: Path, scores: Path) -> None:
                 assert (a != b).mean() < 0.02
 
 
+def write_through_all(rank: int, recipes: list[Any]) -> list[tuple[int, str]]:
+    from remit_megatron.reference import cache
+
+    cache.BLOCK_BYTES = SMALL_BLOCKS
+    return train_all(rank, recipes)
+
+
+def test_write_through(folder: Path) -> None:
+    """Two epochs: the first fills the cache, the second and other runs read it; all as if scored online."""
+    path, other = folder / "scores written", folder / "scores made ahead"
+    data = {"data": {"train": [{"path": str(folder / "held")}]}}
+    steps = {"schedule": {"train_tokens": 20 * SEQUENCE * SAMPLES}}
+    rounded = remit(folder, "through rounded", **data, **steps)
+    rounded["reference"]["round_scores"] = True
+    recipes = [rounded]
+    for run in ("through written", "through again"):
+        recipes.append(remit(folder, run, parallel={"context": 2}, **data, **steps))
+        recipes[-1]["reference"]["write_scores"] = str(path)
+    outcomes = run_ranks(2, write_through_all, recipes[:2])
+    assert outcomes == [[(0, "")] * 2] * 2
+    manifest = CacheManifest.read(path, "x")
+    cache, total = ScoreCache(path, manifest), manifest.sources[0].samples
+    assert 8 * SAMPLES < total < 12 * SAMPLES, "the run must have come to its second epoch"
+    assert not cache.missing()
+    # The order of sums differs between DP2 and CP2; a score next to the edge of a step may round the other way.
+    pairs = list(zip(metrics(folder, "through written"), metrics(folder, "through rounded"), strict=True))
+    for got, want in pairs:
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)
+        assert got["ref_nll"] == pytest.approx(want["ref_nll"], abs=1e-4)
+    (ahead,) = run_ranks(1, score_all, [(remit(folder, "x", **data, **steps), str(other), (0, 1), 0)])
+    assert ahead == [(0, "")]
+    theirs = ScoreCache(other, CacheManifest.read(other, "x"))
+    for number in range(total):
+        assert np.abs(cache.steps(0, number).astype(int) - theirs.steps(0, number)).max() <= 1
+
+    for block in blocks_of(manifest):  # numbers that no model gives show where they are used
+        constant = np.full((block.samples, SEQUENCE), 4096, dtype=np.int32)
+        cache.write_block(block, constant, np.ones_like(constant))
+    assert run_ranks(2, write_through_all, recipes[2:]) == [[(0, "")]] * 2
+    assert {line["ref_nll"] for line in metrics(folder, "through again")} == {2.0}
+
+
 def test_each_misfit_is_refused_by_name(folder: Path, scores: Path) -> None:
     def changed(name: str, change: Callable[[Path], None]) -> Path:
         path = folder / f"scores {name}"
@@ -205,12 +247,18 @@ def test_each_misfit_is_refused_by_name(folder: Path, scores: Path) -> None:
         "of its tokens at the largest score": cached(folder, run, changed("saturated", saturate)),
         "are not those of reference.path": cached(folder, run, changed("exchanged", of_another_model)),
         "holds no scores": cached(folder, run, folder / "nowhere"),
+        "data.seed was": remit(
+            folder,
+            run,
+            reference={"path": str(folder / "base"), "write_scores": str(scores)},
+            data={"seed": 6},
+        ),
     }
     (outcomes,) = run_ranks(1, train_all, list(cases.values()))
     problems = [
         f"{message}: {code} {text}"
         for message, (code, text) in zip(cases, outcomes, strict=True)
-        if code != 2 or message not in text or ("reference.scores" not in text and "SHA-256" not in text)
+        if code != 2 or message not in text or ("scores" not in text and "SHA-256" not in text)
     ]
     assert not problems, "\n".join(problems)
     assert not (folder / run).exists(), "a refused run wrote something"
