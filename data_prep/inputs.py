@@ -6,6 +6,7 @@ group, a range of rows. Their order is the order of the output, whoever works on
 
 import glob
 import hashlib
+import importlib
 import os
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -114,12 +115,18 @@ def take_shard(tasks: list[Task], index: int, count: int) -> list[Task]:
     return shares[index]
 
 
+def needed(module: str, name: str) -> Any:
+    """Import what an input of some kinds needs. Raises UserError naming the input where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        extra = "pip install 'remit-megatron[data]'"
+        raise UserError(f"{name}: reading it needs the package {module.split('.')[0]}: {extra}") from None
+
+
 def open_hub(name: str) -> Any:
     """A streamed dataset from `hf:NAME[@CONFIG][:SPLIT]`; NAME may be a local folder of data files."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{name}: reading it needs the package `datasets`: pip install datasets") from None
+    datasets = needed("datasets", name)
     body = name.removeprefix(HUB_PREFIX)
     body, _, split = body.partition(":")
     body, _, config = body.partition("@")
@@ -184,9 +191,7 @@ def _input(path: Path, kind: str) -> Input:
 
 
 def _parquet_tasks(source: Input, text_key: str) -> list[Task]:
-    import pyarrow
-    import pyarrow.parquet as pq
-
+    pyarrow, pq = needed("pyarrow", source.path), needed("pyarrow.parquet", source.path)
     try:
         with pq.ParquetFile(source.path) as file:
             names = file.schema_arrow.names
@@ -200,9 +205,7 @@ def _parquet_tasks(source: Input, text_key: str) -> list[Task]:
 
 
 def _arrow_tasks(source: Input, task_bytes: int, text_key: str) -> list[Task]:
-    import datasets
-
-    dataset = datasets.load_from_disk(source.path)
+    dataset = needed("datasets", source.path).load_from_disk(source.path)
     if text_key not in dataset.column_names:
         raise UserError(
             f"{source.path}: no column '{text_key}'; name one with --text-key: {', '.join(dataset.column_names)}"

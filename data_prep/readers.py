@@ -360,7 +360,7 @@ def _read_rows(task: Task, rows: Iterator[Any], start: int, max_bytes: int) -> I
 
 
 def _parquet_rows(task: Task, start: int, text_key: str) -> Iterator[Any]:
-    import pyarrow
+    import pyarrow  # planning made sure of it
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(task.source.path, buffer_size=1 << 20) as file:

@@ -88,6 +88,6 @@ def test_readme_commands(smoke: Path) -> None:
 
 def test_makefile_has_the_targets_of_the_readme() -> None:
     targets = {words[1] for words in commands("README.md") if words[0] == "make"}
-    assert targets == {"smoke", "test"}
+    assert targets == {"smoke", "test", "test-slow"}
     for target in targets:
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target

@@ -20,6 +20,8 @@ from remit_megatron.reference.cache import HEADER, CacheManifest, ScoreCache, So
 from tests.ranks import run_ranks
 from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all, wait_for
 
+pytestmark = pytest.mark.slow
+
 SMALL_BLOCKS = 10 * 2 * SEQUENCE
 """Ten samples, so that a run of 96 has ten blocks, the last a short one."""
 
@@ -307,7 +309,6 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
 def test_killed_scorer_leaves_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     """kill -9 at random moments of the work; the cache is then byte for byte that of an undisturbed scorer."""
     recipe = tmp_path / "recipe.toml"
