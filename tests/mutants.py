@@ -55,7 +55,7 @@ MUTANTS = (
     Mutant("torch: a leaf is overwritten", TORCH, "if logits.is_leaf or (", "if False and (", NLL),
     Mutant("torch: a view of a leaf is overwritten", TORCH, "logits._base.is_leaf", "False", NLL),
     Mutant("torch: shared memory is overwritten", TORCH, "if size > 1 and stride < extent:", "if False:", NLL),
-    Mutant("torch: never in place", TORCH, "_may_overwrite(logits))", "False)", NLL),
+    Mutant("torch: never in place", TORCH, "is_overwritable(logits))", "False)", NLL),
     Mutant("torch: one row in another order", TORCH, "if x.numel() == x.shape[-1]:", "if False:", NLL),
     Mutant(
         "torch: label past the shard's edge",

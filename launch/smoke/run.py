@@ -57,10 +57,10 @@ def _evaluate(name: str, out: Path, overrides: dict[str, Any], quick: bool) -> d
     output = out / name / "eval.json"
     arguments = ["--checkpoint", str(out / name), "--problems", str(out / "data" / "problems_held_out.jsonl")]
     arguments += ["--max-new-tokens", str(QUICK_MAX_NEW_TOKENS if quick else MAX_NEW_TOKENS)]
-    arguments += ["--output", str(output)]
-    # One process: decoding one token at a time has little to split.
-    changes = {"parallel.tensor": 1, "evaluation.samples": EVALUATION_SAMPLES, **overrides}
-    remit("eval", name, out, changes, arguments)
+    arguments += ["--output", str(output), *([] if quick else ["--nproc", str(RANKS)])]
+    # Ranks share the problems instead of the matrices: decoding one token at a time has little to split.
+    changes = {"parallel.tensor": 1, "batch.microbatch_samples": 16, "evaluation.samples": EVALUATION_SAMPLES}
+    remit("eval", name, out, {**changes, **overrides}, arguments)
     figures: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return figures
 

@@ -24,12 +24,12 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 def plan_conversion(source: str, run: str) -> tuple[Path, Meta]:
     """Where the converted checkpoint of a folder is, or will be, and what its meta.json says or will say.
 
-    Collective where ranks have joined: the first one reads the weights for their hash. Raises UserError for a folder
-    that cannot be converted.
+    Reads the weights for their hash, so one rank should plan for all. Raises UserError for a folder that cannot be
+    converted.
     """
     folder = HFFolder(Path(source))
     shape = read_shape(folder.config, folder.path / "config.json")
-    key = _from_first_rank(folder.content_key)
+    key = folder.content_key()
     return Path(run).parent / ".converted" / key, Meta(shape=shape.model_dump(), origin=origin(folder, key))
 
 
