@@ -117,7 +117,7 @@ def test_refusals(changes: dict[str, object], gpus: int, message: str) -> None:
 
 
 def test_unknown_gpu_and_share() -> None:
-    with pytest.raises(UserError, match="known: .*H200"):
+    with pytest.raises(UserError, match=r"known: .*H200"):
         plan(recipe(), 8, "V100")
     with pytest.raises(UserError, match=r"--mfu 1\.5"):
         plan(recipe(), 8, "H100", 1.5)

@@ -152,6 +152,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ascii_only", "ending"), [(False, "\n"), (True, "\n\n")])
 def test_50_mb_document(ascii_only: bool, ending: str, tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
     """Ids of 50 MB are the block's over and over, as four blocks by the Hugging Face tokenizer show; memory stays low.
@@ -180,6 +181,7 @@ def test_50_mb_document(ascii_only: bool, ending: str, tmp_path: Path, tokenizer
     assert peak_mib < 400, f"{peak_mib:.0f} MiB at peak"
 
 
+@pytest.mark.slow
 def test_workers_do_without_torch() -> None:
     """Importing torch would cost every worker 2 s and 200 MB."""
     code = "import sys, data_prep.cli, data_prep.worker, data_prep.tokenize; print('torch' in sys.modules)"

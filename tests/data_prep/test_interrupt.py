@@ -89,6 +89,7 @@ def child(action: Callable[[], object], delay: float | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(
     tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str, Path], undisturbed: Path
 ) -> None:

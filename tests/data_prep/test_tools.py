@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.inspect import peek, stats
@@ -28,8 +28,8 @@ def documents(seed: int, count: int = 50, vocab: int = 100) -> list[np.ndarray]:
     return [generator.integers(1, vocab, size) for size in generator.integers(1, 40, count)]
 
 
-def make(path: Path, seed: int, **settings: object) -> str:
-    write_dataset(path, documents(seed), **({"vocab_size": 100, "eod_id": 0, "tokenizer_hash": "aa"} | settings))  # type: ignore[arg-type]
+def make(path: Path, seed: int, **changes: object) -> str:
+    write_dataset(path, documents(seed), **({"vocab_size": 100, "eod_id": 0, "tokenizer_hash": "aa"} | changes))  # type: ignore[arg-type]
     return str(path)
 
 
@@ -141,6 +141,7 @@ def test_index(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")} == before
 
 
+@settings(deadline=None)
 @given(
     scores=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40),
     keep=st.sampled_from([0.25, 0.5, 0.8, 1.0]),

@@ -153,7 +153,7 @@ def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
         reference, _ = build_chunks(REFERENCE, parallel, BUILD, max_sequence_length=SEQUENCE, scorer=True)
         dist_checkpoint.load_model(folder / "reference", reference)
     chunks = optim.wrap_ddp(chunks, config, parallel)
-    settings = Optimizer(peak_lr=3e-3, min_lr=1e-3)
+    settings = Optimizer(peak_lr=1e-2, min_lr=1e-3)
     schedule = Schedule(train_tokens=10 * SAMPLES * SEQUENCE)
     optimizer, scheduler = optim.build_optimizer(chunks, settings, schedule, parallel, BUILD.dtype)
     step = make_forward_step(objective, reference, groups=groups, merge_microbatches=layout.merge_microbatches)

@@ -18,6 +18,8 @@ from tests.mcore.harness import REFERENCE, STUDENT, TIED, Case, Layout, assemble
 from tests.ranks import run_ranks
 
 RTOL = 2e-5
+TOKEN_NLL_RTOL = 5e-5
+"""A single token's NLL after updates: AdamW turns round-off of a gradient near zero into part of a step."""
 
 
 def layout(name: str, merge_microbatches: int = 1, recompute: bool = False, **settings: Any) -> Layout:
@@ -86,7 +88,9 @@ def compare(results: list[dict[str, Any]], expected: dict[str, Any], layouts: li
             assert tokens.keys() == reference.keys()
             for key in reference:
                 error = np.abs(tokens[key] - reference[key]) / np.maximum(np.abs(reference[key]), 0.5)
-                if not error.max() <= RTOL:  # a nan is a token that no rank reported
+                if not error.max() <= (
+                    TOKEN_NLL_RTOL if key == "nll" else RTOL
+                ):  # a nan is a token that no rank reported
                     problems.append(f"{name} {key}: largest relative error of a token {error.max():.1e}")
             microbatches = sum(len(r["tokens"]) for r in got)
             if microbatches != len(want["tokens"]) * one.parallel.context:
