@@ -94,7 +94,10 @@ def test_killed_at_random_moments(folder: Path, undisturbed: list[dict[str, Any]
 
 
 def test_a_second_process_on_one_run_is_refused(folder: Path) -> None:
-    recipe, log = recipe_file(folder, "twice", parallel={"tensor": 1}), folder / "twice.log"
+    # Long enough that the first still runs, however fast the machine, when the second has started.
+    schedule = {"train_tokens": 10_000 * SEQUENCE * SAMPLES, "warmup_tokens": 0}
+    recipe = recipe_file(folder, "twice", parallel={"tensor": 1}, schedule=schedule)
+    log = folder / "twice.log"
     first = start(recipe, 1, log)
     try:
         assert wait_for(lambda: last_step(folder, "twice") >= 1, first), log.read_text()
