@@ -3,29 +3,33 @@
     python -m benchmarks.loader --output benchmarks/results/loader.json
 
 Loaders take turns on the same samples: those of a run over a .bin/.idx of random documents, assembled as in training
-(tokens, labels, loss mask, segments). `samples only` is without a loader; `packed` gathers samples without GPTDataset,
-bit for bit the same; DALI appears where it is installed.
+(tokens, labels, loss mask, segments). `samples only` is without a loader; `GPTDataset` has Megatron's dataset read the
+same samples; DALI appears where it is installed.
 """
 
 import argparse
 import importlib.util
 import json
+import logging
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 
 from benchmarks.tokenize import machine
 from data_prep.writer import DatasetWriter
 from remit_megatron.config import Data
-from remit_megatron.data.indexed import open_index
 from remit_megatron.data.loader import BatchPlan, make_loader
-from remit_megatron.data.packed import PackedSamples, open_packed
 from remit_megatron.data.samples import assemble
 from remit_megatron.mcore.datasets import TrainingData, open_source
 
@@ -47,9 +51,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        data, packed = make_data(Path(folder), arguments)
+        samples = make_samples(Path(folder), arguments)
         rounds: list[dict[str, Any]] = [
-            {"round": number, "loader": name, **measure(name, data, packed, arguments)}
+            {"round": number, "loader": name, **measure(name, samples, arguments)}
             for number in range(arguments.rounds)
             for name in loaders()
         ]
@@ -69,11 +73,12 @@ def main() -> None:
 
 def loaders() -> list[str]:
     present = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-    return ["samples only", "packed samples only", "default", "default, packed", *(["dali"] if present else [])]
+    names = ["samples only", "samples only, GPTDataset", "default", "default, GPTDataset"]
+    return [*names, *(["dali"] if present else [])]
 
 
-def make_data(folder: Path, arguments: argparse.Namespace) -> tuple[TrainingData, PackedSamples]:
-    """A dataset of random documents as a run opens it, and its packed samples without GPTDataset."""
+def make_samples(folder: Path, arguments: argparse.Namespace) -> dict[str, Callable[[int], dict[str, Any]]]:
+    """Samples by number from a dataset of random documents, as a run reads them and through Megatron's GPTDataset."""
     generator = np.random.default_rng(0)
     count = arguments.tokens // arguments.document_tokens
     lengths = generator.geometric(1 / arguments.document_tokens, count) + 1
@@ -85,22 +90,43 @@ def make_data(folder: Path, arguments: argparse.Namespace) -> tuple[TrainingData
     prefix = str(folder / "data")
     settings = {"sequence_length": arguments.sequence_length, "train": [{"path": prefix}]}
     data = Data.model_validate(settings)
-    source = open_source(prefix, data, VOCAB_SIZE)
     total = arguments.steps * arguments.microbatch_samples
-    (index,) = {path.parent for path in (folder / ".index").rglob("*document_index.npy")}
-    return TrainingData([source], data, total), open_packed(open_index(prefix), index)
+    training = TrainingData([open_source(prefix, data, VOCAB_SIZE)], data, total)
+    theirs = gpt_dataset(prefix, data)
+
+    def through_megatron(n: int) -> dict[str, Any]:
+        k = training.order[n][1]
+        text = theirs._query_document_sample_shuffle_indices(k)[0].astype(np.int64)
+        return assemble(text, data, EOD, k)
+
+    for n in (0, 1, len(theirs) + 3):  # both give the same, in a second epoch too
+        assert np.array_equal(through_megatron(n)["labels"], training.sample(n)["labels"])
+    return {"": training.sample, "GPTDataset": through_megatron}
 
 
-def measure(name: str, data: TrainingData, packed: PackedSamples, arguments: argparse.Namespace) -> dict[str, float]:
+def gpt_dataset(prefix: str, data: Data) -> GPTDataset:
+    logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
+    config = GPTDatasetConfig(
+        random_seed=data.seed,
+        sequence_length=data.sequence_length,
+        split="1",
+        tokenizer=SimpleNamespace(eod=None, vocab_size=None, unique_identifiers={}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    indexed = IndexedDataset(prefix)
+    return GPTDataset(indexed, prefix, np.arange(len(indexed), dtype=np.int32), None, Split.train, config)
+
+
+def measure(
+    name: str, samples: dict[str, Callable[[int], dict[str, Any]]], arguments: argparse.Namespace
+) -> dict[str, float]:
     """Feed `steps` steps of one microbatch and look at every one."""
     length, size = arguments.sequence_length, arguments.microbatch_samples
-
-    def packed_sample(n: int) -> dict[str, Any]:
-        return assemble(packed.text(data.order[n][1]), data.data, EOD, n)
-
-    sample = packed_sample if "packed" in name else data.sample
-    for n in (0, 1, len(packed) + 3):  # both give the same, in a second epoch too
-        assert np.array_equal(packed_sample(n)["tokens"], data.sample(n)["tokens"])
+    loader_name, _, source = name.partition(", ")
+    sample = samples[source]
     start, cpu = time.perf_counter(), time.process_time()
     waits = [0.0]
     if "only" in name:
@@ -108,7 +134,7 @@ def measure(name: str, data: TrainingData, packed: PackedSamples, arguments: arg
             assert sample(n)["tokens"].shape == (length,)
     else:
         plan = BatchPlan(first_sample=0, num_steps=arguments.steps, num_microbatches=1, microbatch_samples=size)
-        loader = make_loader(name.split(",")[0], sample, plan, device=torch.device(arguments.device))
+        loader = make_loader(loader_name, sample, plan, device=torch.device(arguments.device))
         waits = []
         for step in loader:
             assert step.microbatches[0]["tokens"].shape == (size, length)

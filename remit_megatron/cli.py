@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="validate a recipe and what it names; trains nothing")
     _add_recipe(check)
+    check.add_argument("--ranks", type=_positive, metavar="N", help="that it is to start on; default: the fewest")
     check.set_defaults(func=_check)
 
     plan = commands.add_parser("plan", help="memory and time that a recipe takes on so many GPUs")
@@ -131,7 +132,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from remit_megatron.config import load_recipe
     from remit_megatron.train.check import check_recipe
 
-    print(check_recipe(load_recipe(arguments.recipe, arguments.overrides)))
+    print(check_recipe(load_recipe(arguments.recipe, arguments.overrides), arguments.ranks))
     return 0
 
 

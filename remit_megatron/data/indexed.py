@@ -76,9 +76,10 @@ class IndexedTokens:
         return self.tokens[start : start + int(self.lengths[first:last].sum(dtype=np.int64))]
 
 
-def open_index(prefix: str | Path) -> IndexedTokens:
+def open_index(prefix: str | Path, *, is_checked: bool = False) -> IndexedTokens:
     """Open PREFIX.bin and PREFIX.idx and check the whole structure, one pass over .idx.
 
+    is_checked: another rank has made that pass just now; here only the sizes are compared, whatever the corpus' size.
     Raises UserError naming the file, what is wrong with it and the remedy.
     """
     idx, data = idx_path(prefix), bin_path(prefix)
@@ -86,8 +87,11 @@ def open_index(prefix: str | Path) -> IndexedTokens:
         if not path.is_file():
             raise UserError(f"{path}: no such file; a dataset is a PREFIX with PREFIX.bin and PREFIX.idx")
     dtype, lengths, pointers, marks = _map_index(idx)
-    total = _check_sequences(idx, lengths, pointers, dtype.itemsize)
-    _check_marks(idx, marks, len(lengths))
+    if is_checked:
+        total = int(pointers[-1]) // dtype.itemsize + int(lengths[-1]) if len(lengths) else 0
+    else:
+        total = _check_sequences(idx, lengths, pointers, dtype.itemsize)
+        _check_marks(idx, marks, len(lengths))
     size = data.stat().st_size
     if size != total * dtype.itemsize:
         raise _damaged(

@@ -1,4 +1,4 @@
-"""Training samples over .bin/.idx: Megatron's GPTDataset for a source's samples, a stateless order of ours over them.
+"""Training samples over .bin/.idx: Megatron's GPTDataset cuts each source, a stateless order of ours is over them.
 
 Each source is one epoch of Megatron's GPTDataset: documents shuffled by `data.seed`, concatenated, cut into samples of
 s + 1 tokens that overlap by one. A sample is therefore the same in every epoch and every run over the same data, and
@@ -6,6 +6,7 @@ has an identity that score caches can use. Sample n of a run follows from n alon
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,9 @@ from megatron.core.datasets.utils import Split
 
 from remit_megatron.config import Data
 from remit_megatron.data.index_cache import ensure_cache
+from remit_megatron.data.indexed import open_index
 from remit_megatron.data.manifest import DatasetInfo, quick_verify
+from remit_megatron.data.packed import PackedSamples, open_packed
 from remit_megatron.data.samples import assemble
 from remit_megatron.errors import RemitError, RunError, UserError
 from remit_megatron.mcore import compat
@@ -35,14 +38,14 @@ class SourceSamples:
     """One epoch of one source."""
 
     info: DatasetInfo
-    dataset: GPTDataset
+    packed: PackedSamples
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.packed)
 
     def text(self, index: int) -> np.ndarray:
         """Token ids [s + 1] int64 of one sample."""
-        return self.dataset._query_document_sample_shuffle_indices(index)[0].astype(np.int64)
+        return self.packed.text(index)
 
 
 def open_source(prefix: str, data: Data, vocab_size: int, tokenizer_hash: str | None = None) -> SourceSamples:
@@ -64,7 +67,7 @@ def open_source(prefix: str, data: Data, vocab_size: int, tokenizer_hash: str | 
     if isinstance(found[0], RemitError):
         raise found[0]
     info, index = found[0]
-    return SourceSamples(info=info, dataset=_open(prefix, data, info, index))
+    return SourceSamples(info=info, packed=open_packed(open_index(prefix, is_checked=True), index))
 
 
 def _ensure_index(prefix: str, data: Data, info: DatasetInfo) -> Path:
@@ -82,13 +85,13 @@ def _ensure_index(prefix: str, data: Data, info: DatasetInfo) -> Path:
         "megatron-core": compat.version("megatron-core"),
     }
     try:
-        return ensure_cache(root, key, lambda folder: _open(prefix, data, info, folder) and None)
+        return ensure_cache(root, key, lambda folder: _build_index(prefix, data, info, folder))
     except RunError as error:
         raise UserError(f"{error}; the sample index of {prefix} goes there: set data.cache_dir") from None
 
 
-def _open(prefix: str, data: Data, info: DatasetInfo, index: Path) -> GPTDataset:
-    """One epoch of Megatron's dataset, its index in `index`, built there by rank 0 where it is empty."""
+def _build_index(prefix: str, data: Data, info: DatasetInfo, index: Path) -> None:
+    """Have Megatron's dataset write the indices of one epoch to the empty folder `index`."""
     config = GPTDatasetConfig(
         random_seed=data.seed,
         sequence_length=data.sequence_length,
@@ -106,9 +109,9 @@ def _open(prefix: str, data: Data, info: DatasetInfo, index: Path) -> GPTDataset
         indexed = IndexedDataset(prefix)
         documents = np.arange(len(indexed), dtype=np.int32)
         # Megatron hashes the name it is given into the index's file names: the content serves any path.
-        return GPTDataset(indexed, info.fingerprint, documents, None, Split.train, config)
+        GPTDataset(indexed, info.fingerprint, documents, None, Split.train, config)
     except (OSError, ValueError, AssertionError) as error:
-        raise UserError(f"{prefix}: cannot be opened with its sample index {index}: {error}") from error
+        raise UserError(f"{prefix}: no sample index can be built in {index}: {error}") from error
     finally:
         logging.getLogger("megatron.core.datasets").setLevel(level)
 
@@ -154,7 +157,7 @@ class TrainingData:
         self.sources = sources
         self.data = data
         self.order = SampleOrder([len(s) for s in sources], [s.weight for s in data.train], total, data.seed)
-        self.eod_id = _eod(sources, data)
+        self.eod_id = end_of_document([source.info for source in sources], data)
 
     def sample(self, n: int) -> dict[str, np.ndarray]:
         return self.sample_of(*self.order[n])
@@ -171,7 +174,7 @@ class HeldOut:
         self.source = source
         self.data = data
         self.length = min(limit, len(source))
-        self.eod_id = _eod([source], data)
+        self.eod_id = end_of_document([source.info], data)
 
     def sample(self, n: int) -> dict[str, np.ndarray]:
         sample = assemble(self.source.text(n if n < self.length else 0), self.data, self.eod_id, sample_id=n)
@@ -180,8 +183,9 @@ class HeldOut:
         return sample
 
 
-def _eod(sources: list[SourceSamples], data: Data) -> int | None:
-    found = {s.info.eod_id for s in sources} if data.eod_id is None else {data.eod_id}
+def end_of_document(infos: Sequence[DatasetInfo], data: Data) -> int | None:
+    """The token that ends a document: data.eod_id, else what the manifests say. Raises UserError where they differ."""
+    found = {info.eod_id for info in infos} if data.eod_id is None else {data.eod_id}
     if len(found) > 1:
         raise UserError(
             f"the datasets end their documents with different tokens {sorted(map(str, found))}: set data.eod_id"

@@ -111,13 +111,18 @@ def _traits(shape: ModelShape) -> tuple[type[TransformerConfig], dict[str, Any]]
     return MLATransformerConfig, {**traits, **sizes, **rope, "apply_rope_fusion": False}
 
 
+def check_implementation(implementation: str) -> None:
+    """Raises UserError where model.implementation asks for what is not installed."""
+    if implementation == "transformer_engine" and not compat.has_transformer_engine():
+        raise UserError(
+            "model.implementation = 'transformer_engine' but Transformer Engine is not importable: install it "
+            "(it needs CUDA) or use 'local'"
+        )
+
+
 def _block_spec(shape: ModelShape, config: TransformerConfig, implementation: str, vp_stage: int | None) -> Any:
+    check_implementation(implementation)
     if implementation == "transformer_engine":
-        if not compat.has_transformer_engine():
-            raise UserError(
-                "model.implementation = 'transformer_engine' but Transformer Engine is not importable: install it "
-                "(it needs CUDA) or use 'local'"
-            )
         return layer_spec(shape, implementation)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer_spec(shape, implementation)] * layers, layer_norm=RMSNorm)

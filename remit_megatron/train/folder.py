@@ -1,6 +1,7 @@
 """The folder of a run: who may write to it, and the recipe it belongs to."""
 
 import fcntl
+import os
 from pathlib import Path
 from typing import TextIO
 
@@ -57,6 +58,10 @@ class RunFolder:
                 )
         elif self.path.exists() and any(p.name[0] != "." and p.name != "logs" for p in self.path.iterdir()):
             raise UserError(f"run = '{self.path}' exists, is not empty and holds no run: name another folder")
+        standing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not standing.is_dir() or not os.access(standing, os.W_OK):
+            reason = "cannot be written to" if standing.is_dir() else "is no folder"
+            raise UserError(f"run = '{self.path}' cannot be used: {standing} {reason}: name another folder")
 
     def write_recipe(self, text: str) -> None:
         write_atomically(self.path / "recipe.toml", text.encode())

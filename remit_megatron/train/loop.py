@@ -13,7 +13,7 @@ from remit_megatron.config import Recipe, dump_toml
 from remit_megatron.data.loader import BatchPlan, Step, check_loader, make_loader
 from remit_megatron.errors import RunError, StopRequested, UserError
 from remit_megatron.mcore import datasets, dist_checkpoint, optim
-from remit_megatron.mcore.groups import Groups, data_parallel_size, initialize_groups
+from remit_megatron.mcore.groups import Groups, initialize_groups
 from remit_megatron.mcore.step import make_forward_step, run_schedule
 from remit_megatron.reference.cache import ScoreCache
 from remit_megatron.reference.online import Reference
@@ -21,6 +21,7 @@ from remit_megatron.reference.precision import precision_error
 from remit_megatron.train import flops
 from remit_megatron.train.checkpoint import CheckpointFolder, Meta, read_meta
 from remit_megatron.train.evaluate import Evaluator
+from remit_megatron.train.fit import check_documents, num_microbatches
 from remit_megatron.train.folder import RunFolder
 from remit_megatron.train.loggers import Loggers, check_loggers
 from remit_megatron.train.metrics import MetricsFile, read, reduce_reports
@@ -56,11 +57,11 @@ class Trainer:
         self.folder = RunFolder(Path(recipe.run), recipe)
         from_rank_0(self.folder.check, process.device)
         self.plan = from_rank_0(lambda: make_plan(recipe, process.device.type), process.device)
-        self.num_microbatches = _microbatches(recipe, process.world_size)
+        self.num_microbatches = num_microbatches(recipe, process.world_size)
         self.groups: Groups = initialize_groups(recipe.parallel, recipe.seed)
         self.sources, self.tokenizer_hash = open_sources(recipe, self.plan)
         self.data = datasets.TrainingData(self.sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)
-        self._check_documents()
+        check_documents(recipe, self.data.eod_id, self.plan.shape.vocab_size)
         check_loggers(recipe)
         check_loader(recipe.data.loader)
         self.evaluator = Evaluator(recipe, self.groups, self.plan.shape.vocab_size, self.tokenizer_hash)
@@ -139,19 +140,6 @@ class Trainer:
         if self.scores:
             sample["ref_nll"] = self.scores.scores(*self.data.order[n])
         return sample
-
-    def _check_documents(self) -> None:
-        eod, vocab_size = self.data.eod_id, self.plan.shape.vocab_size
-        needing = {
-            "objective.centering = 'document'": getattr(self.objective, "centering", None) == "document",
-            "data.document_mask": self.recipe.data.document_mask,
-            "data.eod_mask_loss": self.recipe.data.eod_mask_loss,
-        }
-        for setting, is_set in needing.items():
-            if is_set and eod is None:
-                raise UserError(f"{setting} needs data.eod_id: the datasets' manifests name none")
-        if eod is not None and eod >= vocab_size:
-            raise UserError(f"data.eod_id = {eod} is not in the vocabulary of {vocab_size} rows")
 
     def _fresh_meta(self) -> Meta:
         return Meta(
@@ -363,28 +351,3 @@ class Trainer:
         if self.loggers:
             self.loggers.close()
         self.folder.release()
-
-
-def _microbatches(recipe: Recipe, world_size: int) -> int:
-    """Microbatches a data-parallel rank has in a step. Raises UserError when the batch does not divide."""
-    dp = data_parallel_size(recipe.parallel, world_size)
-    samples, per_round = recipe.global_batch_samples, dp * recipe.batch.microbatch_samples
-    if samples % per_round:
-        raise UserError(
-            f"batch.global_batch_tokens = {recipe.batch.global_batch_tokens} is {samples} samples, which do not divide "
-            f"by batch.microbatch_samples x data-parallel ranks = {recipe.batch.microbatch_samples} x {dp}"
-        )
-    count = samples // per_round
-    p = recipe.parallel
-    if p.virtual_pipeline > 1 and count % p.pipeline:
-        raise UserError(
-            f"batch: {count} microbatches a step do not divide by parallel.pipeline = {p.pipeline}, which "
-            "parallel.virtual_pipeline needs"
-        )
-    merged = recipe.reference.merge_microbatches if recipe.reference else 1
-    if count % merged or (p.virtual_pipeline > 1 and (count // merged) % p.pipeline):
-        raise UserError(
-            f"reference.merge_microbatches = {merged} does not fit {count} microbatches a step: it must divide them"
-            + (f", into a multiple of parallel.pipeline = {p.pipeline}" if p.virtual_pipeline > 1 else "")
-        )
-    return count

@@ -3,9 +3,8 @@
 from typing import Any
 
 from remit_megatron.config import Recipe
-from remit_megatron.data.manifest import tokenizer_hash
-from remit_megatron.errors import UserError
 from remit_megatron.mcore import datasets
+from remit_megatron.train.fit import check_tokenizers, recipe_tokenizer
 from remit_megatron.train.models import Plan
 
 
@@ -14,15 +13,8 @@ def open_sources(recipe: Recipe, plan: Plan) -> tuple[list[Any], str | None]:
 
     Raises UserError for a dataset that does not fit, and for datasets or models of different tokenizers.
     """
-    made_with = tokenizer_hash(recipe.data.tokenizer) if recipe.data.tokenizer else None
+    made_with = recipe_tokenizer(recipe)
     sources = [
         datasets.open_source(source.path, recipe.data, plan.shape.vocab_size, made_with) for source in recipe.data.train
     ]
-    hashes = {s.info.prefix: s.info.tokenizer_hash for s in sources if s.info.tokenizer_hash}
-    if len(set(hashes.values())) > 1:
-        raise UserError(f"data.train: the datasets were made with different tokenizers: {', '.join(map(str, hashes))}")
-    found = made_with or next(iter(hashes.values()), None)
-    for key, meta in (("model.init", plan.init_meta), ("reference.path", plan.reference_meta)):
-        if meta and meta.tokenizer and found and meta.tokenizer != found:
-            raise UserError(f"{key}: it was trained with another tokenizer than that of data.train")
-    return sources, found
+    return sources, check_tokenizers(recipe, plan, [source.info for source in sources])

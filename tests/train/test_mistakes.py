@@ -17,6 +17,9 @@ from tests.train.runs import remit, settings
 
 Case = tuple[str, str, list[str], str]
 """Name, recipe file, overrides, what the message must contain."""
+COMMANDS = (["train"], ["check", "--ranks", "1"])
+NOT_SEEN = ("check", "reference without weights")
+"""`check` reads what checkpoints say of themselves, not their weights."""
 
 
 def _cases(folder: Path) -> list[Case]:
@@ -99,7 +102,7 @@ def _cases(folder: Path) -> list[Case]:
     ]
 
 
-def _run_cases(rank: int, cases: list[Case]) -> dict[str, Any]:
+def _run_cases(rank: int, cases: list[Case]) -> dict[tuple[str, str], Any]:
     """Every case through the command's own main, in one process."""
     from megatron.core import parallel_state
 
@@ -111,12 +114,13 @@ def _run_cases(rank: int, cases: list[Case]) -> dict[str, Any]:
 
     dist.destroy_process_group()  # the command makes its own
     outcomes = {}
-    for name, recipe, overrides, _ in cases:
-        stderr = io.StringIO()
-        with contextlib.redirect_stderr(stderr):
-            code = main(["train", recipe, *[part for o in overrides for part in ("--set", o)]])
-        outcomes[name] = (code, stderr.getvalue())
-        parallel_state.destroy_model_parallel()
+    for command in COMMANDS:
+        for name, recipe, overrides, _ in cases:
+            stderr = io.StringIO()
+            with contextlib.redirect_stderr(stderr):
+                code = main([*command, recipe, *[part for o in overrides for part in ("--set", o)]])
+            outcomes[command[0], name] = (code, stderr.getvalue())
+            parallel_state.destroy_model_parallel()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the caller to destroy
     return outcomes
 
@@ -134,11 +138,11 @@ def test_each_mistake_is_one_line(folder: Path) -> None:
     before = _listing(folder)
     (outcomes,) = run_ranks(1, _run_cases, cases)
     problems = []
-    for name, _, _, expected in cases:
-        code, text = outcomes[name]
+    for command, name, expected in [(c[0], n, e) for c in COMMANDS for n, _, _, e in cases if (c[0], n) != NOT_SEEN]:
+        code, text = outcomes[command, name]
         lines = [line for line in text.splitlines() if line.startswith("remit: ")]
         if code != 2 or len(lines) != 1 or expected not in lines[0]:
-            problems.append(f"{name}: exit code {code}, expected {expected!r} in one line, got {text!r}")
+            problems.append(f"{command}, {name}: exit code {code}, expected {expected!r} in one line, got {text!r}")
     assert not problems, "\n".join(problems)
     assert _listing(folder) == before, "a refused run wrote something"
 
