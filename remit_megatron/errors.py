@@ -25,3 +25,15 @@ class StopRequested(RemitError):
     """The run was asked to stop, finished its step and saved a checkpoint."""
 
     exit_code = 75
+
+
+class HangError(RemitError):
+    """No progress for too long, or a collective that timed out: a rank or the network is stuck."""
+
+    exit_code = 86
+
+
+class PreflightError(RemitError):
+    """A node is not fit to train on. The message names it."""
+
+    exit_code = 87

@@ -9,6 +9,9 @@ from remit_megatron.config import Recipe, load_recipe
 from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import UserError
 
+OURS = ("logs", "status.json")
+"""What a start that failed before its first step may leave behind."""
+
 
 class RunFolder:
     """`claim` on rank 0 makes the folder this run's; the other ranks only read from it."""
@@ -56,7 +59,7 @@ class RunFolder:
                     f"run = '{self.path}' holds another recipe's run ({_difference(other, self.recipe)}): name another "
                     "folder, or remove that one"
                 )
-        elif self.path.exists() and any(p.name[0] != "." and p.name != "logs" for p in self.path.iterdir()):
+        elif self.path.exists() and any(p.name[0] != "." and p.name not in OURS for p in self.path.iterdir()):
             raise UserError(f"run = '{self.path}' exists, is not empty and holds no run: name another folder")
         standing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not standing.is_dir() or not os.access(standing, os.W_OK):

@@ -29,6 +29,7 @@ from remit_megatron.train.models import build_reference, build_student, make_pla
 from remit_megatron.train.runtime import Process, StopSignals, from_rank_0, joined_process
 from remit_megatron.train.scorer import Scorer, cache_manifest, random_samples
 from remit_megatron.train.sources import open_sources
+from remit_megatron.train.status import Status
 from remit_megatron.train.write_through import WriteThrough
 
 
@@ -38,8 +39,9 @@ def train(recipe: Recipe) -> None:
     Raises UserError for a mistake in recipe or input (nothing is written then), RunError for a failure,
     StopRequested after a signal, when the checkpoint is complete.
     """
-    with StopSignals() as signals, joined_process(recipe.compute) as process:
-        trainer = Trainer(recipe, process)
+    status = Status(Path(recipe.run))
+    with StopSignals() as signals, joined_process(recipe.compute) as process, status.outcome():
+        trainer = Trainer(recipe, process, status)
         try:
             trainer.run(signals)
         finally:
@@ -49,9 +51,10 @@ def train(recipe: Recipe) -> None:
 class Trainer:
     """State of a run on one rank. Construction is the set-up; `run` trains."""
 
-    def __init__(self, recipe: Recipe, process: Process):
+    def __init__(self, recipe: Recipe, process: Process, status: Status | None = None):
         self.recipe = recipe
         self.process = process
+        self.status = status or Status(Path(recipe.run))
         self.is_main = process.rank == 0
         self.objective = recipe.build_objective()
         self.folder = RunFolder(Path(recipe.run), recipe)
@@ -77,6 +80,8 @@ class Trainer:
         from_rank_0(self.folder.claim, process.device)
         self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", recipe.checkpoint.keep)
         resume = self.plan.resume
+        if self.is_main:
+            self.status.open(recipe.train_steps, read_meta(resume) if resume else None)
         self.chunks = optim.wrap_ddp(self.chunks, config, recipe.parallel)
         self.optimizer, self.scheduler = optim.build_optimizer(
             self.chunks, recipe.optimizer, recipe.schedule, recipe.parallel, self.plan.dtype
@@ -110,6 +115,8 @@ class Trainer:
         self.metrics: MetricsFile | None = None
         if self.is_main:
             self.folder.write_recipe(dump_toml(recipe))
+            if self.meta.step < recipe.train_steps:
+                self.status.undone()
             self.loggers = Loggers(self.folder.path, recipe, self.meta.step, self.meta.loggers)
             self.metrics = MetricsFile(self.folder.path / "metrics.jsonl", self.meta.step)
             self._say_start(resume)
@@ -224,6 +231,7 @@ class Trainer:
                 self._save(wait=step == total or stop)
             if stop and step < total:
                 raise StopRequested(f"{recipe.run}: stopped on request after step {step}; start it again to go on")
+        from_rank_0(lambda: self.status.done(total), self.process.device)
         if self.loggers:
             self.loggers.progress.say(f"{recipe.run}: done, {self.meta.tokens:,} tokens")
 
@@ -292,6 +300,7 @@ class Trainer:
             # JSON has no NaN: a step without a finite norm says null.
             finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
             self.metrics.write(finite)
+            self.status.stepped(finite)
             self.loggers.write({k: v if v is not None else float("nan") for k, v in finite.items()})
 
     def _refuse_divergence(self) -> None:
@@ -323,7 +332,8 @@ class Trainer:
         from_rank_0(lambda: self.checkpoints.begin(meta.step), self.process.device)
 
         def commit() -> None:
-            from_rank_0(lambda: self.checkpoints.commit(meta), self.process.device)
+            from_rank_0(lambda: self.checkpoints.commit(meta) and None, self.process.device)
+            self.status.saved(meta.step)
 
         if self.background:
             self.background.start(partial, self.chunks, self.optimizer, commit)

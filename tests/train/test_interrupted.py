@@ -50,7 +50,14 @@ def undisturbed(folder: Path) -> list[dict[str, Any]]:
         stopped = last_step(folder, "stopped")
         assert (folder / "stopped" / "checkpoints" / "latest").read_text() == f"step-{stopped:08d}\n"
         assert f"stopped on request after step {stopped}" in log.read_text()
+        status = json.loads((folder / "stopped" / "status.json").read_text())
+        assert (status["state"], status["exit_code"]) == ("stopped", 75)
+        assert status["step"] == status["checkpoint_step"] == stopped
+        assert not (folder / "stopped" / "DONE").exists()
     assert start(recipe, 2, log).wait(120) == 0, log.read_text()
+    status = json.loads((folder / "stopped" / "status.json").read_text())
+    assert (status["state"], status["checkpoint_step"], status["total_steps"]) == ("done", STEPS, STEPS)
+    assert (folder / "stopped" / "DONE").exists()
 
     recipe = recipe_file(folder, "undisturbed")
     assert start(recipe, 2, log).wait(120) == 0, log.read_text()
