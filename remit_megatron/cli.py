@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from remit_megatron import __version__
 from remit_megatron.errors import RemitError
@@ -60,6 +61,20 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", default="H100", help="kind; default: H100")
     plan.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is reached; default: 0.4")
     plan.set_defaults(func=_plan)
+
+    launch = commands.add_parser("launch", help="start a recipe here, in a container, or on a SLURM cluster")
+    _add_recipe(launch)
+    launch.add_argument("--on", default="local", metavar="TARGET", help="local, docker[:PROFILE] or slurm[:PROFILE]")
+    launch.add_argument("--nodes", type=_positive, default=1, metavar="N")
+    launch.add_argument("--nproc", type=_positive, metavar="N", help="ranks a node, where the profile has no GPUs")
+    launch.add_argument("--chain", type=_positive, default=1, metavar="N", help="submit N jobs, one after the other")
+    launch.add_argument("--dry-run", action="store_true", help="print what would be done, and ask sbatch about it")
+    launch.add_argument("--follow", action="store_true", help="show the log until the job ends")
+    launch.set_defaults(func=_launch)
+
+    status = commands.add_parser("status", help="what a run does, and why it was restarted")
+    status.add_argument("run", help="run folder")
+    status.set_defaults(func=_status)
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which optional parts are usable here")
     doctor.set_defaults(func=_doctor)
@@ -142,6 +157,30 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     print(plan(recipe, arguments.gpus, arguments.gpu, arguments.mfu))
+    return 0
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from launch.submit import Request, launch
+
+    return launch(
+        Request(
+            recipe=arguments.recipe,
+            overrides=tuple(arguments.overrides),
+            target=arguments.on,
+            nodes=arguments.nodes,
+            nproc=arguments.nproc,
+            chain=arguments.chain,
+            dry_run=arguments.dry_run,
+            follow=arguments.follow,
+        )
+    )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from launch.status import report
+
+    print(report(Path(arguments.run)))
     return 0
 
 

@@ -103,6 +103,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        # A launcher may have held them back while nobody listened; what came meanwhile is noted now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def __exit__(self, *exc: object) -> None:

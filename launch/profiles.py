@@ -1,0 +1,134 @@
+"""Cluster profiles: what a cluster wants to know of a job that no recipe says. One strict TOML file each."""
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+import slurm
+from remit_megatron.errors import UserError
+
+SHIPPED = Path(slurm.__file__).parent / "profiles"
+NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
+Variable = Annotated[str, Field(pattern=rf"^{NAME}$")]
+Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Container(Section):
+    """A container that pyxis, Docker or podman runs the ranks in."""
+
+    image: Line
+    mounts: tuple[Line, ...] = ()
+    """`source:target` or `source:target:flags`. The recipe's folders must be among them, under the same path."""
+    workdir: Line | None = None
+    """Default: the folder in which the launch was commanded, which relative paths in a recipe start from."""
+
+
+class Environment(Section):
+    """Variables of the ranks. Values that a rule of `launch.environment` would choose are chosen there."""
+
+    passed: tuple[Variable, ...] = Field((), alias="pass")
+    """Names: the values are taken from the environment at submission and written nowhere. For keys and tokens."""
+    set: dict[Variable, Line] = {}
+    """Values that the job script says."""
+
+
+class Profile(Section):
+    """One cluster."""
+
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
+    time_limit: Line = "24:00:00"
+    """As sbatch's --time: minutes, or [days-]hours:minutes:seconds."""
+    gpus_per_node: int = Field(0, ge=0)
+    """0: ranks on CPUs; how many a node then says --nproc."""
+    tasks_per_node: int | None = Field(None, gt=0)
+    """Ranks a node; default: its GPUs."""
+    cpus_per_task: int | None = Field(None, gt=0)
+    memory: Line | None = None
+    """Of a node, as sbatch's --mem; "0" is all."""
+    exclusive: bool = False
+    launcher: Literal["srun", "torchrun"] = "srun"
+    """`srun` starts every rank. `torchrun` starts an agent on each node, for sites whose tools expect one."""
+    signal_lead_s: int = Field(300, ge=10, le=65535)
+    """How long before the time limit ranks are asked to save and stop: twice a step and the slowest save, and a
+    minute. SLURM may ask up to a minute earlier."""
+    exit_wait_s: int = Field(120, gt=0)
+    """How long ranks may outlive the first one that ended."""
+    fruitless_restarts: int = Field(2, ge=0)
+    """Restarts without a new checkpoint before a job gives up."""
+    preflight: bool = True
+    """Look at every node before training."""
+    python: Line | None = None
+    """Interpreter that has this program, as the ranks see it; default: the one that launches."""
+    modules: tuple[Line, ...] = ()
+    """Environment modules that the job script loads."""
+    sbatch: tuple[Annotated[str, Field(pattern=r"^--?[^\n\r]+$")], ...] = ()
+    """Further options, one each, such as `--constraint=h100`."""
+    shared_folders: tuple[str, ...] = ()
+    """Folders that all nodes see, though they look local to a node (/tmp, /dev/shm, ...)."""
+    container: Container | None = None
+    environment: Environment = Environment()
+
+
+def load_profile(name: str) -> Profile:
+    """A shipped profile by name, or a user's own by the path of a .toml file.
+
+    Raises UserError naming the key, and the nearest known one.
+    """
+    own = "/" in name or name.endswith(".toml")
+    path = Path(name) if own else SHIPPED / f"{name}.toml"
+    if not own and not path.exists():
+        raise UserError(f"--on slurm:{name}: no such profile; shipped: {', '.join(shipped())}; or name a .toml file")
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"profile {path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"profile {path}: no valid TOML: {error}") from None
+    try:
+        profile = Profile.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"profile {path}: {_first_problem(error)}") from None
+    for variable in profile.environment.set:
+        if SECRET.search(variable):
+            raise UserError(
+                f"profile {path}: environment.set.{variable} looks like a secret, and the job script would tell it: "
+                f"name it in environment.pass, and set it where you launch"
+            )
+    return profile
+
+
+def shipped() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = [str(part) for part in problem["loc"]]
+    key = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        sections: dict[str, type[Section]] = {"container": Container, "environment": Environment}
+        section = sections[where[0]] if len(where) > 1 else Profile
+        known = [field.alias or name for name, field in section.model_fields.items()]
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.4)
+        return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"missing key {key}"
+    value = problem.get("input")
+    got = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+    return f"{key}: {problem['msg']}{got}"

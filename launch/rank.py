@@ -1,0 +1,92 @@
+"""One rank under srun or torchrun: `python -m launch.rank train RECIPE ...` is `remit train RECIPE ...` as that rank.
+
+Signals that ask the run to stop are held back until the trainer listens: by default they would kill the interpreter
+while it still imports.
+"""
+
+import itertools
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+
+from launch import environment
+from remit_megatron.cli import main as remit
+from remit_megatron.config import load_recipe
+from remit_megatron.errors import UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """argv: a command of `remit` with its recipe. Returns the exit code."""
+    if argv[:1] == ["train"]:
+        hold_signals()
+    os.environ.update(torch_variables(os.environ))
+    redirect_output(os.environ)
+    apply_rules(argv)
+    return remit(argv)
+
+
+def hold_signals() -> None:
+    """Until StopSignals asks for them; and a late one, after it has stopped listening, changes nothing."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def torch_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """RANK and the like, from SLURM's names for them; none where torchrun has set them.
+
+    Where SLURM gives each task one GPU of its own, that is device 0 for every one of them.
+    """
+    if "RANK" in variables or "SLURM_PROCID" not in variables:
+        return {}
+    total, nodes = int(variables["SLURM_NTASKS"]), int(variables.get("SLURM_NNODES", "1"))
+    local = variables["SLURM_LOCALID"]
+    per_node = int(variables.get("SLURM_NTASKS_PER_NODE") or total // nodes)
+    visible = variables.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return {
+        "RANK": variables["SLURM_PROCID"],
+        "WORLD_SIZE": str(total),
+        "LOCAL_RANK": "0" if len(visible) == 1 and visible[0] and per_node > 1 else local,
+        "LOCAL_WORLD_SIZE": str(per_node),
+    }
+
+
+def redirect_output(variables: Mapping[str, str]) -> None:
+    """Under torchrun, whose agent has one log for all its ranks: to this rank's own."""
+    if "TORCHELASTIC_RUN_ID" not in variables or "REMIT_LOGS" not in variables:
+        return
+    path = os.path.join(variables["REMIT_LOGS"], f"rank-{variables['RANK']}.log")
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    os.close(log)
+
+
+def apply_rules(argv: Sequence[str]) -> None:
+    """Set what `launch.environment` chooses, and say so at the top of the rank's log."""
+    overrides = [value for flag, value in itertools.pairwise(argv) if flag == "--set"]
+    try:
+        recipe = load_recipe(argv[1], overrides)
+    except UserError:
+        return  # the command itself says it
+    cpu = recipe.compute.device == "cpu"
+    facts = environment.Facts(
+        parallel=recipe.parallel,
+        nodes=int(os.environ.get("SLURM_NNODES", "1")),
+        compute_capability=None if cpu else environment.compute_capability(),
+    )
+    added = environment.chosen(facts, os.environ)
+    os.environ.update(added)
+    said = "  ".join(f"{name}={value}" for name, value in added.items())
+    print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {said}", file=sys.stderr, flush=True)
+    for line in environment.contradictions(facts, os.environ):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

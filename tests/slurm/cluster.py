@@ -1,0 +1,210 @@
+"""A real SLURM on 127.0.0.1: a controller, several virtual nodes with fake GPUs, munge. No systemd, no cgroups.
+
+Nodes come in pairs, a partition each, so that tests run side by side: `main` has n0 and n1, `second` n2 and n3, and so
+on. `urgent` preempts `main`.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+PAIRS = ("main", "second", "third")
+NODES = [f"n{i}" for i in range(2 * len(PAIRS))]
+CPUS, GPUS = 8, 2
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "gcc")
+SPANK_HEADER = Path("/usr/include/slurm/spank.h")
+SOURCE = Path(__file__).parent / "container_stub.c"
+
+
+def missing() -> list[str]:
+    """What this machine lacks to bring a cluster up."""
+    lacking = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    lacking += [] if SPANK_HEADER.exists() else [str(SPANK_HEADER)]
+    return lacking + ([] if os.geteuid() == 0 else ["root"])
+
+
+class Cluster:
+    """`root`: an empty folder for its configuration, state and logs."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "REMIT_"))},
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+            "SLURM_CONF": str(root / "etc" / "slurm.conf"),
+        }
+
+    # Up and down.
+
+    def up(self) -> None:
+        for name in ("state", "log", "munge", "socket", "etc", "dev", *(f"spool-{node}" for node in NODES)):
+            (self.root / name).mkdir(parents=True)
+        self.root.chmod(0o755)
+        (self.root / "munge").chmod(0o700)
+        key = self.root / "munge" / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o600)
+        munge = self.root / "munge"
+        self.run(
+            *("munged", "--force", "--num-threads=2", f"--socket={self.root}/socket/munge.sock", f"--key-file={key}"),
+            *(f"--pid-file={munge}/munged.pid", f"--log-file={munge}/munged.log", f"--seed-file={munge}/seed"),
+        )
+        for i in range(GPUS):  # a clone of /dev/null: SLURM counts it and sets CUDA_VISIBLE_DEVICES
+            os.mknod(self.root / "dev" / f"gpu{i}", 0o666 | 0o020000, os.makedev(1, 3))
+        etc, stub = self.root / "etc", self.root / "container_stub.so"
+        self.run("gcc", "-shared", "-fPIC", "-o", str(stub), str(SOURCE))
+        (etc / "plugstack.conf").write_text(f"required {stub}\n")
+        (etc / "gres.conf").write_text(f"Name=gpu File={self.root}/dev/gpu[0-{GPUS - 1}]\n")
+        (etc / "slurm.conf").write_text(self._configuration())
+        self.run("slurmctld")
+        for node in NODES:
+            self.start_node(node)
+        self.wait(lambda: self.states().count("idle") == len(NODES), "the nodes did not become idle")
+
+    def _configuration(self) -> str:
+        root, host = self.root, socket.gethostname().split(".")[0]
+        ports = _free_ports(1 + len(NODES))
+        lines = [
+            "ClusterName=loopback",
+            f"SlurmctldHost={host}(127.0.0.1)",
+            f"SlurmctldPort={ports[0]}",
+            "SlurmUser=root",
+            "SlurmdUser=root",
+            "AuthType=auth/munge",
+            # A requeued job waits until the credentials of its last start have expired: two minutes by default.
+            f"AuthInfo=socket={root}/socket/munge.sock,cred_expire=5",
+            "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",
+            "ProctrackType=proctrack/linuxproc",
+            "TaskPlugin=task/none",
+            "JobAcctGatherType=jobacct_gather/none",
+            "AccountingStorageType=accounting_storage/none",
+            "SelectType=select/cons_tres",
+            "SelectTypeParameters=CR_Core",
+            "SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=100000",
+            f"StateSaveLocation={root}/state",
+            f"SlurmdSpoolDir={root}/spool-%n",
+            f"SlurmctldPidFile={root}/slurmctld.pid",
+            f"SlurmdPidFile={root}/slurmd-%n.pid",
+            f"SlurmctldLogFile={root}/log/slurmctld.log",
+            f"SlurmdLogFile={root}/log/slurmd-%n.log",
+            "SlurmdParameters=config_overrides",
+            "SlurmdTimeout=10",
+            "KillWait=10",
+            "MinJobAge=3600",
+            "ReturnToService=2",
+            "PreemptType=preempt/partition_prio",
+            "PreemptMode=REQUEUE",
+            "GresTypes=gpu",
+        ]
+        for node, port in zip(NODES, ports[1:], strict=True):
+            lines.append(
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} Sockets=1 "
+                f"CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{GPUS} State=UNKNOWN"
+            )
+        for i, pair in enumerate(PAIRS):
+            lines.append(
+                f"PartitionName={pair} Nodes=n[{2 * i}-{2 * i + 1}] Default={'NO' if i else 'YES'} MaxTime=INFINITE "
+                "State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30"
+            )
+        lines.append("PartitionName=urgent Nodes=n[0-1] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF")
+        return "\n".join(lines) + "\n"
+
+    def down(self) -> None:
+        """Cancel what runs, and end the daemons by the process ids that they have written."""
+        subprocess.run(["scancel", "--user=root"], env=self.environment, check=False)
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline and self.ask("squeue", "-h", "-o", "%i", check=False):
+            time.sleep(0.2)
+        files = [*(self.root / f"slurmd-{node}.pid" for node in NODES), self.root / "slurmctld.pid"]
+        for file in [*files, self.root / "munge" / "munged.pid"]:
+            _end(file)
+
+    def start_node(self, node: str) -> None:
+        self.run("slurmd", "-N", node)
+
+    def lose_node(self, node: str, job: str) -> None:
+        """As when its power goes: the node's daemon and everything of the job on it, at once."""
+        ours = [f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()]
+        processes = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and all(v in (entry / "environ").read_bytes().split(b"\0") for v in ours):
+                    processes.append(int(entry.name))
+            except OSError:
+                continue
+        _end(self.root / f"slurmd-{node}.pid", signal.SIGKILL)
+        parents = {_parent(pid) for pid in processes}
+        steps = {pid for pid in parents if _command(pid) == "slurmstepd"}
+        for pid in [*steps, *processes]:
+            os.kill(pid, signal.SIGKILL)
+
+    # What it is asked.
+
+    def run(self, *command: str) -> None:
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+
+    def ask(self, *command: str, check: bool = True) -> str:
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+        return result.stdout.strip()
+
+    def states(self) -> list[str]:
+        return [state.rstrip("*") for state in self.ask("sinfo", "-h", "-N", "-p", ",".join(PAIRS), "-o", "%T").split()]
+
+    def job(self, job: str) -> dict[str, str]:
+        """The fields of `scontrol show job`."""
+        text = self.ask("scontrol", "-o", "show", "job", job)
+        return dict(field.split("=", 1) for field in text.split() if "=" in field)
+
+    def ended(self, job: str) -> bool:
+        return self.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
+
+    def wait(self, condition: Callable[[], Any], otherwise: str, timeout_s: float = 300) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"{otherwise}; logs in {self.root / 'log'}"
+            time.sleep(0.1)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def _end(file: Path, number: int = signal.SIGTERM) -> None:
+    """Signal the daemon whose id is in `file`, if that still is a daemon of ours, and wait for its end."""
+    try:
+        pid = int(file.read_text())
+        if _command(pid) not in ("slurmd", "slurmctld", "munged"):
+            return
+        os.kill(pid, number)
+    except (OSError, ValueError):
+        return
+    _wait_for_end([pid])
+
+
+def _wait_for_end(pids: Iterable[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
