@@ -86,7 +86,7 @@ def _state(run: Path, status: dict[str, Any] | None, events: list[Event], now: f
     if status.get("reason"):
         text += f": {status['reason']}"
     lines = [text]
-    where = status.get("host") or ""
+    where = status.get("host") or "no rank has got as far as saying where it is"
     if status.get("job"):
         where = f"job {status['job']}.{status.get('restart', 0)} on {where}"
     age = max(0.0, now - status.get("updated_unix_s", now))
