@@ -1,5 +1,6 @@
 """The process groups of a run, read from Megatron's global state once and passed on as one value."""
 
+import gc
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -69,3 +70,17 @@ def current_groups() -> Groups:
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
+
+
+def destroy_groups() -> None:
+    """Leave the layout: end every group but the world's. Collective. Models built in it must no longer be used.
+
+    Megatron's own function only forgets its groups. Each gloo group keeps threads that wake a hundred times a second,
+    so that a process that changes its layout often would end up doing nothing else.
+    """
+    mpu.destroy_model_parallel()
+    mpu._global_process_group_list = None
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()

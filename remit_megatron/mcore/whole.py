@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed.checkpoint import FileSystemReader
 
 from remit_megatron.config import Parallel
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import platform
-from remit_megatron.mcore.groups import initialize_groups
+from remit_megatron.mcore.groups import destroy_groups, initialize_groups
 from remit_megatron.mcore.model import Build, build_chunks
 from remit_megatron.mcore.step import unwrap
 from remit_megatron.shape import ModelShape
@@ -40,7 +39,7 @@ def whole_model(shape: ModelShape, dtype: torch.dtype, max_sequence_length: int 
         model.eval().requires_grad_(False)
         yield model
     finally:
-        parallel_state.destroy_model_parallel()
+        destroy_groups()
         if alone:
             dist.destroy_process_group()
 

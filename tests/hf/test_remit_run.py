@@ -55,10 +55,10 @@ def train(rank: int, folder: str) -> dict[str, list[dict[str, torch.Tensor]]]:
 
     from remit_megatron.config import parse_recipe
     from remit_megatron.mcore import datasets
+    from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
     from remit_megatron.train.loop import Trainer
     from remit_megatron.train.runtime import Process, StopSignals
-    from tests.mcore.harness import leave_layout
 
     activate("cpu")
     size = dist.get_world_size()
@@ -69,7 +69,7 @@ def train(rank: int, folder: str) -> dict[str, list[dict[str, torch.Tensor]]]:
         samples[name] = [_join(datasets, trainer, step) for step in range(STEPS)]
         trainer.run(StopSignals())
         trainer.close()
-        leave_layout()
+        destroy_groups()
     return samples
 
 

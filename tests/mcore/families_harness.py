@@ -15,14 +15,14 @@ from remit_megatron.convert.exporter import export_checkpoint
 from remit_megatron.convert.importer import import_folder
 from remit_megatron.mcore import dist_checkpoint, optim
 from remit_megatron.mcore.attention import zigzag_slice
-from remit_megatron.mcore.groups import Groups, initialize_groups
+from remit_megatron.mcore.groups import Groups, destroy_groups, initialize_groups
 from remit_megatron.mcore.model import build_chunks
 from remit_megatron.mcore.platform import activate
 from remit_megatron.mcore.step import make_forward_step, run_schedule, unwrap
 from remit_megatron.objectives import NTP
 from remit_megatron.train.checkpoint import read_meta
 from tests.hf import tiny
-from tests.mcore.harness import BUILD, REFERENCE, Case, Layout, leave_layout, save_initial, train_case
+from tests.mcore.harness import BUILD, REFERENCE, Case, Layout, save_initial, train_case
 
 
 def import_all(rank: int, folder: str, names: list[str]) -> None:
@@ -63,7 +63,7 @@ def on_layouts(
                 continue
             target = root / layout.name / name if (layout.name, name) in save else None
             results[f"{layout.name} {name}"] = _one_model(root / "checkpoint" / name, layout, target, groups)
-        leave_layout()
+        destroy_groups()
         for name in train:
             shape = read_meta(root / "checkpoint" / name).model_shape()
             case = Case("remit", {"name": "remit"}, shape)

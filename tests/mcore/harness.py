@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from remit_megatron.config import Optimizer, Parallel, Schedule
 from remit_megatron.mcore import dist_checkpoint, optim
-from remit_megatron.mcore.groups import initialize_groups
+from remit_megatron.mcore.groups import destroy_groups, initialize_groups
 from remit_megatron.mcore.model import Build, build_chunks
 from remit_megatron.mcore.platform import activate
 from remit_megatron.mcore.step import make_forward_step, run_schedule, unwrap
@@ -101,13 +101,7 @@ def save_initial(folder: Path, shapes: dict[str, ModelShape]) -> None:
         randomise(chunks)
         (folder / name).mkdir(parents=True)
         dist_checkpoint.save(folder / name, chunks, None)
-    leave_layout()
-
-
-def leave_layout() -> None:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    destroy_groups()
 
 
 class Recorder:
@@ -178,7 +172,7 @@ def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
             ]
     calls = sum(unwrap(chunk).loss_calls for chunk in chunks)
     dist.barrier()
-    leave_layout()
+    destroy_groups()
     return {"steps": steps, "tokens": tokens, "calls": calls, "last": groups.is_last_stage}
 
 

@@ -8,8 +8,9 @@ import torch
 
 from remit_megatron.config import Parallel
 from remit_megatron.errors import UserError
+from remit_megatron.mcore.groups import destroy_groups
 from remit_megatron.mcore.platform import activate
-from tests.mcore.harness import BUILD, SEQUENCE, STUDENT, leave_layout, randomise
+from tests.mcore.harness import BUILD, SEQUENCE, STUDENT, randomise
 from tests.ranks import run_ranks
 from tests.train import runs
 
@@ -72,7 +73,7 @@ def product_errors(rank: int) -> dict[str, float]:
         bound = 0.13 * (x.double().abs() @ linear.weight.double().abs().t())
         errors[name] = float(((out.double() - exact).abs() / bound).max())
         errors[name + " rms"] = float((out.double() - exact).norm() / exact.norm())
-    leave_layout()
+    destroy_groups()
     return errors
 
 
@@ -115,7 +116,7 @@ def nll_in_layouts(rank: int, folder: str, layouts: list[dict[str, Any]]) -> lis
                 exact = nll()
             assert torch.equal(nll(), low)
         found.append({"low": low, "exact": exact})
-        leave_layout()
+        destroy_groups()
     return found
 
 
@@ -146,7 +147,7 @@ def refusals(rank: int) -> list[str]:
         with pytest.raises(UserError) as caught:
             fp8.quantise(chunks, BUILD.device, BUILD.dtype)
         messages.append(str(caught.value))
-    leave_layout()
+    destroy_groups()
     return messages
 
 

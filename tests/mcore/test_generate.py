@@ -8,10 +8,10 @@ import torch
 from remit_megatron.config import Parallel
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.generate import greedy
-from remit_megatron.mcore.groups import initialize_groups
+from remit_megatron.mcore.groups import destroy_groups, initialize_groups
 from remit_megatron.mcore.model import build_chunks
 from remit_megatron.mcore.platform import activate
-from tests.mcore.harness import BUILD, SEQUENCE, STUDENT, leave_layout, randomise
+from tests.mcore.harness import BUILD, SEQUENCE, STUDENT, randomise
 from tests.ranks import run_ranks
 
 PROMPTS = [[5, 9, 3, 17], [2], [44, 1, 60, 7, 7, 12, 30], [8, 8], [21, 50, 3, 4, 5, 6, 7, 8]]
@@ -40,7 +40,7 @@ def _on_rank(rank: int, folder: str) -> dict[str, Any]:
         endless = [one_by_one(chunks[0], prompt, None) for prompt in PROMPTS]
         eod_id = endless[0][2]
         expected = [one_by_one(chunks[0], prompt, eod_id) for prompt in PROMPTS]
-    leave_layout()
+    destroy_groups()
 
     found = {}
     for name, parallel in {
@@ -60,7 +60,7 @@ def _on_rank(rank: int, folder: str) -> dict[str, Any]:
             head[-1] = 50 * head[0]  # the padded row: where the logit of head[0] is positive, it would win
         padded = greedy(scorer[0], PROMPTS, max_new_tokens=NEW_TOKENS, eod_id=eod_id, groups=groups)
         assert padded == found[f"{name} 64"]
-        leave_layout()
+        destroy_groups()
     return {"endless": endless, "eod_id": eod_id, "expected": expected, "found": found}
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from remit_megatron.config import Parallel
+from remit_megatron.mcore.groups import destroy_groups
 from remit_megatron.mcore.platform import activate
 from remit_megatron.ops import reference as specification
-from tests.mcore.harness import BUILD, SEQUENCE, STUDENT, TIED, global_batches, leave_layout, save_initial
+from tests.mcore.harness import BUILD, SEQUENCE, STUDENT, TIED, global_batches, save_initial
 from tests.ranks import run_ranks
 
 
@@ -51,7 +52,7 @@ def attention_case(rank: int, size: int) -> list[float]:
         got.backward(zigzag_slice(upstream, rank, size, dim=0))
         pairs = [(got, want), *((a.grad, b.grad) for a, b in zip(mine, exact, strict=True))]
         errors += [(a - zigzag_slice(b, rank, size, dim=0)).abs().max().item() for a, b in pairs]
-    leave_layout()
+    destroy_groups()
     return errors
 
 
@@ -78,7 +79,7 @@ def decode_case(rank: int, folder: str) -> dict[str, Any]:
         (scorer,), _ = build_chunks(TIED, parallel, BUILD, max_sequence_length=32, scorer=True)
         dist_checkpoint.load_model(Path(folder) / "tied", [scorer])
         found[name] = greedy(scorer, prompts, max_new_tokens=9, eod_id=0, groups=groups, batch_size=3)
-        leave_layout()
+        destroy_groups()
 
     initialize_groups(Parallel(), seed=1)
     (model,), _ = build_chunks(TIED, Parallel(), BUILD, max_sequence_length=32)
@@ -93,7 +94,7 @@ def decode_case(rank: int, folder: str) -> dict[str, Any]:
         nll = model(batch["tokens"], positions, None, labels=batch["labels"])
     want = specification.token_nll(logits.flatten(0, 1), batch["labels"].flatten(), valid_vocab=STUDENT.vocab_size)
     found["nll error"] = (nll.flatten() - want).abs().max().item()
-    leave_layout()
+    destroy_groups()
     return found
 
 

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from remit_megatron.config import Parallel
 from remit_megatron.errors import UserError
+from remit_megatron.mcore.groups import destroy_groups
 from remit_megatron.mcore.platform import activate
-from tests.mcore.harness import BUILD, SEQUENCE, STUDENT, TIED, Recorder, leave_layout
+from tests.mcore.harness import BUILD, SEQUENCE, STUDENT, TIED, Recorder
 from tests.ranks import run_ranks
 from tests.train import runs
 
@@ -106,7 +107,7 @@ def on_rank(rank: int, layouts: list[Layout]) -> list[str]:
                 want, got = (gradients(head, shape, objective, parallel) for head in ("logits", "sequence_chunks"))
                 found = difference(got, want)
                 problems += [f"{layout.name}, {shape_name}, {name}: {problem}" for problem in found]
-        leave_layout()
+        destroy_groups()
     return problems
 
 
@@ -195,7 +196,7 @@ def alone(rank: int) -> dict[str, Any]:
     with torch.no_grad():
         nll = [one(batch["tokens"], positions, None, labels=batch["labels"]) for one in models.values()]
     found["nll"] = [nll[0].shape == nll[1].shape == (2, SEQUENCE), nll[1].requires_grad]
-    leave_layout()
+    destroy_groups()
     return found
 
 

@@ -7,9 +7,10 @@ import torch
 
 from remit_megatron.config import Parallel
 from remit_megatron.errors import UserError
+from remit_megatron.mcore.groups import destroy_groups
 from remit_megatron.mcore.platform import activate
 from remit_megatron.objectives import NTP, Remit, Rho1
-from tests.mcore.harness import BUILD, STUDENT, leave_layout
+from tests.mcore.harness import BUILD, STUDENT
 from tests.ranks import run_ranks
 
 
@@ -54,7 +55,7 @@ def refusals(rank: int) -> dict[str, str]:
             found[name] = "accepted"
         except UserError as error:
             found[name] = str(error)
-    leave_layout()
+    destroy_groups()
     return found
 
 
@@ -93,7 +94,7 @@ def two_stages(rank: int) -> list[str]:
         with pytest.raises(UserError) as caught:
             step(iter([{"tokens": torch.zeros(1, 16, dtype=torch.int64)}]), chunk)
         messages.append(str(caught.value))
-    leave_layout()
+    destroy_groups()
     return messages
 
 

@@ -79,10 +79,10 @@ def train_all(rank: int, recipes: list[Any], poisons: list[Any] | None = None) -
     import torch
     import torch.distributed as dist
 
+    from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
     from remit_megatron.train.loop import Trainer
     from remit_megatron.train.runtime import Process, StopSignals
-    from tests.mcore.harness import leave_layout
 
     activate("cpu")
     size = dist.get_world_size()
@@ -102,7 +102,7 @@ def train_all(rank: int, recipes: list[Any], poisons: list[Any] | None = None) -
             if trainer is not None:
                 trainer.close()
             dist.barrier()
-            leave_layout()
+            destroy_groups()
     return outcomes
 
 

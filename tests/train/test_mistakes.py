@@ -104,9 +104,8 @@ def _cases(folder: Path) -> list[Case]:
 
 def _run_cases(rank: int, cases: list[Case]) -> dict[tuple[str, str], Any]:
     """Every case through the command's own main, in one process."""
-    from megatron.core import parallel_state
-
     from remit_megatron.cli import main
+    from remit_megatron.mcore.groups import destroy_groups
 
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         os.environ.pop(name, None)
@@ -120,7 +119,7 @@ def _run_cases(rank: int, cases: list[Case]) -> dict[tuple[str, str], Any]:
             with contextlib.redirect_stderr(stderr):
                 code = main([*command, recipe, *[part for o in overrides for part in ("--set", o)]])
             outcomes[command[0], name] = (code, stderr.getvalue())
-            parallel_state.destroy_model_parallel()
+            destroy_groups()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the caller to destroy
     return outcomes
 

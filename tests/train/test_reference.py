@@ -35,11 +35,11 @@ def change_reference(rank: int, recipe: Any) -> str:
     """One bit of one weight, on the last rank only, between two checkpoints."""
     import torch.distributed as dist
 
+    from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
     from remit_megatron.mcore.step import unwrap
     from remit_megatron.train.loop import Trainer
     from remit_megatron.train.runtime import Process
-    from tests.mcore.harness import leave_layout
 
     activate("cpu")
     size = dist.get_world_size()
@@ -56,7 +56,7 @@ def change_reference(rank: int, recipe: Any) -> str:
         return str(error)
     finally:
         trainer.close()
-        leave_layout()
+        destroy_groups()
 
 
 def test_a_changed_weight_is_noticed_on_every_rank(folder: Path) -> None:

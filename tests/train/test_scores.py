@@ -31,11 +31,11 @@ def score_all(rank: int, jobs: list[tuple[Any, str, tuple[int, int], int]]) -> l
     import torch
     import torch.distributed as dist
 
+    from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
     from remit_megatron.reference import cache
     from remit_megatron.train.runtime import Process
     from remit_megatron.train.score import score_on
-    from tests.mcore.harness import leave_layout
 
     activate("cpu")
     cache.BLOCK_BYTES = SMALL_BLOCKS
@@ -50,7 +50,7 @@ def score_all(rank: int, jobs: list[tuple[Any, str, tuple[int, int], int]]) -> l
             outcomes.append((error.exit_code, str(error)))
         finally:
             dist.barrier()
-            leave_layout()
+            destroy_groups()
     return outcomes
 
 
