@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 from typing import Any
 
 import torch
@@ -30,6 +31,16 @@ def version(distribution: str) -> str | None:
 @functools.cache
 def has_transformer_engine() -> bool:
     return importable("transformer_engine.pytorch")
+
+
+def own_writer(save: Any) -> dict[str, str]:
+    """Arguments of dist_checkpointing.save that choose Megatron-Core's own asynchronous writer where it has another."""
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+
+
+def submodules_of(spec: Any) -> Any:
+    """What a part of a layer's spec is made of: it is a ModuleSpec, but from 0.19 on an MLP's is a partial."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
 
 def describe_fp8(device_type: str) -> tuple[bool, str]:

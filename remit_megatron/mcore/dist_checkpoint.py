@@ -100,7 +100,12 @@ class BackgroundSave:
         self._folder = folder
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
         request = dist_checkpointing.save(
-            _state(chunks, optimizer), folder, strategy, async_sharded_save=True, content_metadata=METADATA
+            _state(chunks, optimizer),
+            folder,
+            strategy,
+            async_sharded_save=True,
+            content_metadata=METADATA,
+            **compat.own_writer(dist_checkpointing.save),
         )
         request.add_finalize_fn(commit)
         self._queue.schedule_async_request(request)

@@ -59,7 +59,11 @@ class LatentAttention(MLASelfAttention):
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        # Newer releases refuse a norm in the spec where the flag is off. Left on, it would make finalize_model_grads
+        # sum the norms' gradients over tensor-parallel ranks, by name; but they are equal there already.
+        config.qk_layernorm = True
         super().__init__(config, *args, **kwargs)
+        config.qk_layernorm = False
         tp = self.pg_collection.tp
         kv_width = config.kv_lora_rank + config.qk_pos_emb_head_dim
         self.linear_q_down_proj = ReplicatedLinear(config, config.hidden_size, config.q_lora_rank, tp)

@@ -14,6 +14,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from remit_megatron.mcore.attention import SDPAttention
+from remit_megatron.mcore.compat import submodules_of
 from remit_megatron.mcore.norm import RMSNorm, ShardedRMSNorm
 from remit_megatron.shape import ModelShape
 
@@ -53,7 +54,7 @@ def followed_by_norm(linear: type) -> type:
 def layer_spec(shape: ModelShape, use_te: bool) -> Any:
     assert (shape.qk_norm, shape.qkv_bias) == ("full_width", False)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    attention, mlp = layer.submodules.self_attention, layer.submodules.mlp.submodules
+    attention, mlp = layer.submodules.self_attention, submodules_of(layer.submodules.mlp)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
     # Its prefixes stand for norms that the layer does not have.
     layer.submodules.sharded_state_dict_keys_map = {}
