@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from remit_megatron.errors import HangError
 from remit_megatron.processes import die_with_parent
 
 GRACE_S = 10.0
@@ -21,9 +22,10 @@ STOPPED_ON_REQUEST = 75
 def run_local(command: list[str], nproc: int) -> int:
     """Run `command` as ranks 0..nproc-1 on this machine; returns the exit code.
 
-    All ranks 0: 0. Otherwise the first failing rank's code decides; the others are ended after a grace period. SIGTERM,
-    SIGINT and SIGUSR1 go to every rank; a second SIGTERM or SIGINT also starts the grace period, for ranks that hang.
-    A rank dies with this process, also when that is killed.
+    All ranks 0: 0. Otherwise the first failing rank's code decides, and 86 over all others, for those that waited for a
+    hanging rank fail as well. The others are ended after a grace period, stopped ones too. SIGTERM, SIGINT and SIGUSR1
+    go to every rank; a second SIGTERM or SIGINT also starts the grace period, for ranks that hang. A rank dies with
+    this process, also when that is killed.
     """
     # Held by this process, so that no port is chosen by one process and opened by another.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -85,6 +87,8 @@ def _wait(ranks: list[subprocess.Popen[Any]], requests: list[int]) -> int:
         if None not in codes or (deadline is not None and time.monotonic() > deadline):
             break
         time.sleep(0.05)
+    if HangError.exit_code in codes:
+        return HangError.exit_code
     if failed is None and None in codes:
         failed = -signal.SIGKILL
     if failed is None:

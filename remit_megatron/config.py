@@ -21,6 +21,10 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 
+NOT_IDENTITY = {"run", "parallel", "compute", "evaluation", "checkpoint", "watchdog", "logging"}
+"""Sections that do not decide what a run computes, but for `compute.precision`."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -180,7 +184,8 @@ class Compute(Section):
     Its gradients are formed in forward, and the head's is rounded once a sample."""
     threads: Positive | None = None
     """CPU threads a rank; default: the machine's cores over its local ranks."""
-    collective_timeout_s: Positive = 600
+    collective_timeout_s: Positive = 3600
+    """Of torch's own. On CUDA it aborts the process without more, so the watchdog's limits are to be shorter."""
 
 
 class Evaluation(Section):
@@ -197,6 +202,15 @@ class Checkpoint(Section):
     """Newest checkpoints that stay; older ones are removed once a newer one is complete."""
     asynchronous: bool = False
     """Write in a background process while training goes on."""
+
+
+class Watchdog(Section):
+    """A run that makes no progress is ended with exit code 86, after every rank has written its stacks."""
+
+    step_timeout_s: NonNegative = 600
+    """A step may take so long. 0: no watchdog."""
+    slow_timeout_s: Positive = 1800
+    """Until the first step is complete, in an evaluation, in a checkpoint and at the end: so long, each time."""
 
 
 class Logging(Section):
@@ -225,6 +239,7 @@ class Recipe(Section):
     compute: Compute = Compute()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    watchdog: Watchdog = Watchdog()
     logging: Logging = Logging()
 
     def build_objective(self) -> Objective:
@@ -246,9 +261,9 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """The settings that decide what a run computes: a run folder belongs to one such set.
 
-        Layout, device, logging and checkpoint cadence may change between two starts of one run; the rest may not.
+        Layout, device, logging, limits and checkpoint cadence may change between two starts of a run; the rest may not.
         """
-        settings = self.model_dump(exclude={"run", "parallel", "compute", "evaluation", "checkpoint", "logging"})
+        settings = self.model_dump(exclude=NOT_IDENTITY)
         settings["data"].pop("eval")
         for key in ("cache_dir", "loader", "prefetch_steps"):
             settings["data"].pop(key)

@@ -21,6 +21,10 @@ class RunError(RemitError):
     exit_code = 1
 
 
+class LostRankError(RunError):
+    """Another rank is gone; its own log says why."""
+
+
 class StopRequested(RemitError):
     """The run was asked to stop, finished its step and saved a checkpoint."""
 

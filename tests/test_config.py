@@ -125,7 +125,7 @@ def test_every_key_is_documented() -> None:
     }
     plain |= {"sequence_length", "train", "tensor", "pipeline", "context", "global_batch_tokens", "microbatch_samples"}
     plain |= {"overlap_grad_reduce", "overlap_param_gather", "init_std", "wsd_shape", "device", "tensorboard", "wandb"}
-    plain |= {"wandb_project", "collective_timeout_s", "seed"}
+    plain |= {"wandb_project", "seed"}
     for section in Recipe.model_fields.values():
         fields = getattr(section.annotation, "model_fields", {})
         for name, field in fields.items():

@@ -1,10 +1,33 @@
-"""A sum over tensor-parallel ranks inside autograd."""
+"""A sum over tensor-parallel ranks inside autograd, and what it means when ranks cannot talk to each other."""
 
+import re
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from remit_megatron.errors import HangError, LostRankError, RemitError
+
+TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+GONE = re.compile(r"closed by peer|reset by peer|Broken pipe|Connection refused|remote process exited", re.IGNORECASE)
+GLOO = re.compile(r"gloo/|Application timeout caused pair closure|Timed out waiting \d+ms|Connection closed by peer")
+
+
+def failure_of_ranks(error: BaseException) -> RemitError | None:
+    """What a failed collective or rendezvous tells: a HangError after a timeout, a LostRankError where a rank is gone.
+
+    None for every other error. gloo raises plain RuntimeErrors, so that its words have to tell.
+    """
+    text = " ".join(str(error).split())
+    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and GLOO.search(text)):
+        return None
+    text = re.sub(r"^\[[^]]*\] ", "", text)[:300]
+    if TIMED_OUT.search(text):
+        return HangError(f"ranks do not answer: {text} (compute.collective_timeout_s)")
+    if GONE.search(text):
+        return LostRankError(f"another rank is gone, its own log says why: {text}")
+    return None
 
 
 def sum_gradients(x: Tensor, group: dist.ProcessGroup) -> Tensor:

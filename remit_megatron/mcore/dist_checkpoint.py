@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.mcore import compat
+from remit_megatron.mcore.collectives import failure_of_ranks
 from remit_megatron.mcore.step import unwrap
 from remit_megatron.processes import die_with_parent
 
@@ -127,6 +128,8 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
+        if failure_of_ranks(error):
+            raise
         raise RunError(
             f"checkpoint {folder} cannot be written: {_first_line(error)}; the newest complete one stays as it was"
         ) from error
@@ -168,6 +171,8 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         KeyError,
         ValueError,
     ) as error:
+        if failure_of_ranks(error):
+            raise
         raise UserError(f"checkpoint {folder}: cannot be loaded: {_first_line(error)}") from error
 
 

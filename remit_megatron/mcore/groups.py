@@ -46,14 +46,18 @@ def data_parallel_size(parallel: Parallel, world_size: int) -> int:
     return world_size // model_ranks
 
 
-def initialize_groups(parallel: Parallel, seed: int) -> Groups:
-    """Build Megatron's groups and random states. torch.distributed must be initialised."""
+def initialize_groups(parallel: Parallel, seed: int, timeout_s: float = 1800) -> Groups:
+    """Build Megatron's groups and random states. torch.distributed must be initialised.
+
+    timeout_s: of the groups' collectives; Megatron's groups do not take over the world's.
+    """
     data_parallel_size(parallel, dist.get_world_size())
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=timeout_s / 60,
     )
     model_parallel_cuda_manual_seed(seed)
     return current_groups()

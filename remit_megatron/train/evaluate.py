@@ -103,7 +103,7 @@ def _figures(
     meta = read_meta(path)
     shape = meta.model_shape()
     check_layout(shape, recipe.parallel, "model")
-    groups = initialize_groups(recipe.parallel, recipe.seed)
+    groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
     evaluator = Evaluator(recipe, groups, shape.vocab_size, meta.tokenizer)
     build = Build(
         device=process.device,

@@ -30,6 +30,7 @@ from remit_megatron.train.runtime import Process, StopSignals, from_rank_0, join
 from remit_megatron.train.scorer import Scorer, cache_manifest, random_samples
 from remit_megatron.train.sources import open_sources
 from remit_megatron.train.status import Status
+from remit_megatron.train.watchdog import Watchdog
 from remit_megatron.train.write_through import WriteThrough
 
 
@@ -37,11 +38,12 @@ def train(recipe: Recipe) -> None:
     """Run a recipe to its end, from its newest checkpoint where it has one. Called on every rank.
 
     Raises UserError for a mistake in recipe or input (nothing is written then), RunError for a failure,
-    StopRequested after a signal, when the checkpoint is complete.
+    StopRequested after a signal, when the checkpoint is complete; HangError where ranks do not answer.
     """
     status = Status(Path(recipe.run))
-    with StopSignals() as signals, joined_process(recipe.compute) as process, status.outcome():
-        trainer = Trainer(recipe, process, status)
+    watchdog = Watchdog(recipe.watchdog, status)
+    with StopSignals() as signals, watchdog, status.outcome(), joined_process(recipe.compute) as process:
+        trainer = Trainer(recipe, process, status, watchdog)
         try:
             trainer.run(signals)
         finally:
@@ -51,17 +53,20 @@ def train(recipe: Recipe) -> None:
 class Trainer:
     """State of a run on one rank. Construction is the set-up; `run` trains."""
 
-    def __init__(self, recipe: Recipe, process: Process, status: Status | None = None):
+    def __init__(
+        self, recipe: Recipe, process: Process, status: Status | None = None, watchdog: Watchdog | None = None
+    ):
         self.recipe = recipe
         self.process = process
         self.status = status or Status(Path(recipe.run))
+        self.watchdog = watchdog or Watchdog()
         self.is_main = process.rank == 0
         self.objective = recipe.build_objective()
         self.folder = RunFolder(Path(recipe.run), recipe)
         from_rank_0(self.folder.check, process.device)
         self.plan = from_rank_0(lambda: make_plan(recipe, process.device.type), process.device)
         self.num_microbatches = num_microbatches(recipe, process.world_size)
-        self.groups: Groups = initialize_groups(recipe.parallel, recipe.seed)
+        self.groups: Groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
         self.sources, self.tokenizer_hash = open_sources(recipe, self.plan)
         self.data = datasets.TrainingData(self.sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)
         check_documents(recipe, self.data.eod_id, self.plan.shape.vocab_size)
@@ -78,6 +83,7 @@ class Trainer:
 
         # Everything that a mistake could stop is behind us: from here on the run folder is written to.
         from_rank_0(self.folder.claim, process.device)
+        self.status.claimed()
         self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", recipe.checkpoint.keep)
         resume = self.plan.resume
         if self.is_main:
@@ -220,6 +226,7 @@ class Trainer:
         while step < total:
             step += 1
             line, stop = self._train_step(step, steps, signals)
+            self.watchdog.stepped(step)
             if (recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0) or step == total:
                 line.update(self._evaluate())
             self._write(line)
@@ -231,6 +238,7 @@ class Trainer:
                 self._save(wait=step == total or stop)
             if stop and step < total:
                 raise StopRequested(f"{recipe.run}: stopped on request after step {step}; start it again to go on")
+        self.watchdog.ending()
         from_rank_0(lambda: self.status.done(total), self.process.device)
         if self.loggers:
             self.loggers.progress.say(f"{recipe.run}: done, {self.meta.tokens:,} tokens")
@@ -293,7 +301,8 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         self._sync_params()
-        return self.evaluator.run(self.chunks, self.process.device)
+        with self.watchdog.slow("an evaluation"):
+            return self.evaluator.run(self.chunks, self.process.device)
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.loggers and self.metrics:
@@ -319,6 +328,10 @@ class Trainer:
     # Checkpoints.
 
     def _save(self, wait: bool) -> None:
+        with self.watchdog.slow("a checkpoint"):
+            self._save_now(wait)
+
+    def _save_now(self, wait: bool) -> None:
         if self.reference:
             self.reference.verify_frozen()
         self._sync_params()

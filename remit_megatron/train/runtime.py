@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Compute
-from remit_megatron.errors import RemitError, UserError
+from remit_megatron.errors import HangError, LostRankError, RemitError, UserError
 from remit_megatron.mcore import platform
+from remit_megatron.mcore.collectives import failure_of_ranks
 
 T = TypeVar("T")
 
@@ -32,18 +33,36 @@ class Process:
 def joined_process(compute: Compute) -> Iterator[Process]:
     """`start_process` for the length of a with block.
 
-    Where several ranks stop with a RemitError, `first_to_say` is true on one of them only, so that it is said once.
+    Raises HangError or LostRankError where ranks cannot talk to each other; such an error is said by every rank. Where
+    several ranks stop with another RemitError, `first_to_say` is true on one of them only, so that it is said once.
     """
-    process = start_process(compute)
     try:
-        yield process
+        with _rank_failures():
+            process = start_process(compute)
+            yield process
+    except (HangError, LostRankError) as error:
+        error.first_to_say = True
+        raise
     except RemitError as error:
-        # The store may outlive the processes (an elastic agent's): a restart says its own errors.
-        said = f"remit/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        error.first_to_say = dist.distributed_c10d._get_default_store().add(said, 1) == 1
+        if dist.is_initialized():
+            # The store may outlive the processes (an elastic agent's): a restart says its own errors.
+            said = f"remit/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+            error.first_to_say = dist.distributed_c10d._get_default_store().add(said, 1) == 1
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _rank_failures() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        failure = failure_of_ranks(error)
+        if failure is None:
+            raise
+        raise failure from error
 
 
 def start_process(compute: Compute) -> Process:

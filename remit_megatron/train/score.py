@@ -38,7 +38,7 @@ def score_recipe(recipe: Recipe, output: str | None, shard: tuple[int, int] = (0
 def score_on(recipe: Recipe, folder: Path, process: Process, shard: tuple[int, int] = (0, 1), check: int = 0) -> None:
     """`score_recipe` on a process that has joined. Collective."""
     plan = from_rank_0(lambda: make_plan(recipe, process.device.type), process.device)
-    groups = initialize_groups(recipe.parallel, recipe.seed)
+    groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
     sources, tokenizer = open_sources(recipe, plan)
     data = TrainingData(sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)
     manifest = cache_manifest(recipe, plan, data, tokenizer)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.data.files import write_atomically
-from remit_megatron.errors import RemitError, StopRequested
+from remit_megatron.errors import HangError, RemitError, StopRequested
 from remit_megatron.train.checkpoint import Meta
 
 SECONDS_BETWEEN_WRITES = 1.0
@@ -26,7 +26,7 @@ SECONDS_BETWEEN_WRITES = 1.0
 
 
 class Status:
-    """Does nothing before `open`, and nothing on ranks that never open it. A failing write stops nothing."""
+    """Does nothing before `open`; ranks that never open it only report a hang. A failing write stops nothing."""
 
     def __init__(self, run: Path):
         self.run = run
@@ -35,9 +35,18 @@ class Status:
         self._written_s = -math.inf
         self._first: tuple[int, float] | None = None
         self._warned = False
+        self._ours = False
+
+    def claimed(self) -> None:
+        """On every rank: the run folder is this run's from now on, so that any of them may report a hang in it."""
+        self._ours = True
+
+    def logs(self) -> Path | None:
+        """Where a rank may leave a file for people to read; None before `claimed`."""
+        return self.run / "logs" if self._ours else None
 
     def open(self, total_steps: int, checkpoint: Meta | None) -> None:
-        """The run folder is this process's from now on: say that the run starts, from `checkpoint` if there is one."""
+        """On the rank that writes: say that the run starts, from `checkpoint` if there is one."""
         self._fields = {
             "state": "starting",
             "step": checkpoint.step if checkpoint else 0,
@@ -94,7 +103,9 @@ class Status:
             (self.run / "DONE").unlink(missing_ok=True)
 
     def hung(self, exit_code: int, reason: str) -> None:
-        """For the thread that watches over the others, on any rank."""
+        """For the thread that watches over the others, on any rank that has called `claimed`."""
+        if not self._ours:
+            return
         if self._fields is None:
             self._fields = _read(self.run / "status.json") or _whereabouts()
             if self._fields.get("state") == "hung":
@@ -109,6 +120,9 @@ class Status:
         except StopRequested as error:
             self._end("stopped", error.exit_code, str(error))
             raise
+        except HangError as error:
+            self.hung(error.exit_code, str(error))
+            raise
         except RemitError as error:
             self._end("failed", error.exit_code, str(error))
             raise
@@ -119,9 +133,16 @@ class Status:
 
     def _end(self, state: str, exit_code: int, reason: str | None) -> None:
         if self._fields is not None:
+            if state == "failed" and self._said_to_hang():
+                return  # another rank saw why this one failed
             line = " ".join(reason.split()) if reason else None
             self._set(state=state, exit_code=exit_code, reason=line, eta_s=0.0 if state == "done" else None)
             self._write()
+
+    def _said_to_hang(self) -> bool:
+        there = _read(self.run / "status.json") or {}
+        keys = ("started_unix_s", "host", "job")
+        return there.get("state") == "hung" and all(there.get(k) == (self._fields or {}).get(k) for k in keys)
 
     def _set(self, **fields: Any) -> None:
         assert self._fields is not None

@@ -1,12 +1,15 @@
-"""The command as a user runs it: killed at random moments, asked to stop, started twice."""
+"""The command as a user runs it: killed at random moments, asked to stop, hung, started twice."""
 
 import json
+import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from remit_megatron.config import dump_toml, parse_recipe
@@ -98,6 +101,38 @@ def test_killed_at_random_moments(folder: Path, undisturbed: list[dict[str, Any]
     assert start(recipe, 2, log).wait(180) == 0, log.read_text()
     assert metrics(folder, "killed") == undisturbed
     assert not saving(folder, "killed")
+
+
+def ranks_of(launcher: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of its ranks, in their order."""
+    children = psutil.Process(launcher.pid).children()
+    return [child.pid for child in sorted(children, key=lambda child: int(child.environ()["RANK"]))]
+
+
+def test_a_rank_that_hangs_or_dies(folder: Path, undisturbed: list[dict[str, Any]]) -> None:
+    """A stopped rank is found by the watchdog, then by a collective's timeout; then one is killed; then all goes on."""
+    recipe, log, run = recipe_file(folder, "hung"), folder / "hung.log", folder / "hung"
+    cases = (
+        (2, signal.SIGSTOP, 1, 86, "watchdog.step_timeout_s=8", "no step for 8 s (watchdog.step_timeout_s), since "),
+        (7, signal.SIGSTOP, 0, 86, "compute.collective_timeout_s=8", "ranks do not answer"),
+        (12, signal.SIGKILL, 1, 137, "compute.threads=1", "another rank is gone, its own log says why"),
+    )
+    for after, number, victim, code, override, message in cases:
+        # Two steps at least lie between the moment chosen and the next save, which would have a longer limit.
+        process = start(recipe, 2, log, "checkpoint.every_steps=5", override)
+        assert wait_for(lambda at=after: last_step(folder, "hung") >= at, process), log.read_text()
+        os.kill(ranks_of(process)[victim], number)
+        assert process.wait(60) == code, log.read_text()
+        stacks = run / "logs" / f"rank-{1 - victim}.stacks.txt"
+        assert message in stacks.read_text()
+        assert "in _train_step" in stacks.read_text().split(message)[-1], "where it was, by name"
+        assert message in log.read_text()
+        status = json.loads((run / "status.json").read_text())
+        assert status["state"] == ("hung" if code == 86 else "failed")
+        assert status["exit_code"] == (86 if code == 86 else 1)
+        assert message in status["reason"]
+    assert start(recipe, 2, log).wait(120) == 0, log.read_text()
+    assert metrics(folder, "hung") == undisturbed
 
 
 def test_a_second_process_on_one_run_is_refused(folder: Path) -> None:

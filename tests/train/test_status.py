@@ -81,7 +81,13 @@ def test_an_error_is_the_reason(status: Status, tmp_path: Path, error: Exception
 
 def test_a_hang_is_written_by_a_rank_that_does_not_own_the_status(status: Status, tmp_path: Path) -> None:
     status.stepped(line(7))
-    Status(tmp_path).hung(86, "no step for 60 s")
+    other = Status(tmp_path)
+    other.hung(86, "of another run")
+    assert content(tmp_path)["state"] == "running", "not before the run folder is known to be its own"
+    other.claimed()
+    other.hung(86, "no step for 60 s")
+    with pytest.raises(RunError), status.outcome():
+        raise RunError("another rank is gone")
     end = content(tmp_path)
     assert (end["state"], end["exit_code"], end["step"], end["job"]) == ("hung", 86, 7, "77")
 
