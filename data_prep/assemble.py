@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from data_prep.parts import Footer, part_path, read_footer
-from data_prep.worker import too_many_bad
+from data_prep.worker import describe_bad, too_many_bad
 from data_prep.writer import BlockHasher, publish, write_index
 from remit_megatron.data.files import close_quietly, write_atomically, writing
 from remit_megatron.data.manifest import Manifest, tool_name
@@ -136,6 +136,11 @@ class Assembler:
             path.unlink(missing_ok=True)
         self._uncertain, self._uncertain_bytes = [], 0
 
+    def _example(self) -> str:
+        with open(self.paths["bad"], "rb") as file:
+            line = file.readline()
+        return f"; for example {describe_bad(json.loads(line))}" if line else ""
+
     def close(self) -> None:
         """Close the files. What no checkpoint made certain may be lost, and is written again by the next start."""
         for file in self._files.values():
@@ -153,6 +158,7 @@ class Assembler:
         if not state.num_tokens:
             raise UserError(
                 f"{prefix}: no token to write: {state.num_empty} documents are empty, {state.num_bad} could not be read"
+                f"{self._example()}"
             )
         idx_part = self.folder / "all.idx"
         with writing(idx_part):

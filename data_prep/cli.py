@@ -48,7 +48,9 @@ def _add_tokenize(commands: Any) -> None:
     parser.add_argument("--vocab-size", type=_positive, help="rows of the model's vocabulary, where more than the ids")
     parser.add_argument("--text-lines", action="store_true", help="in plain text a line is a document, not a file")
     parser.add_argument("--max-bad", type=int, default=1000, help="unreadable documents to put aside; default: 1000")
-    parser.add_argument("--max-document-mib", type=_positive, default=64, help="longer ones are put aside; default: 64")
+    parser.add_argument(
+        "--max-document-mib", type=_positive, help="longer ones are put aside; default: 64, or 2 where memory needs it"
+    )
     parser.add_argument("--backend", choices=("auto", "gigatoken", "tokenizers"), default="auto")
     parser.add_argument("--shard", type=_shard, metavar="I/N", help="only piece I (from 0) of N, for job arrays")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of that name")

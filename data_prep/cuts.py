@@ -1,8 +1,9 @@
 """Long documents encoded in pieces, so that memory does not grow with them, where that gives the same ids.
 
-A piece ends after a newline that follows a printable ASCII character and comes before an ASCII letter. Tokenizers whose
-pre-tokenizer splits text by a pattern begin a new word there whatever stands around it, and their merges never
-cross words. `safe_to_cut` asks the tokenizer itself, in every pair of hostile contexts; others take a document whole.
+A piece begins with an ASCII letter after a newline, or with a space and an ASCII letter, and the piece before it ends
+with a printable ASCII character (and the newline). Tokenizers whose pre-tokenizer splits text by a pattern begin a new
+word there whatever stands around it, and their merges never cross words. `safe_to_cut` asks the tokenizer itself, in
+pairs of hostile contexts; others take a document whole.
 """
 
 import json
@@ -14,8 +15,15 @@ import numpy as np
 from data_prep.backends import HOSTILE_TEXTS, Backend, TokenizerFile, added_token_texts
 
 PIECE_BYTES = 1 << 20
-BOUNDARY = re.compile(rb"[!-~]\n(?=[A-Za-z])")
+BOUNDARY = re.compile(rb"[!-~](?:\n(?=[A-Za-z])|(?= [A-Za-z]))")
+NORMALIZERS = (None, "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "BertNormalizer")
+"""Those that change no ASCII letter or newline for what stands beside it."""
+SPLITTERS = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Digits", "Punctuation")
+"""Pre-tokenizers that look at one character; the first three split at every white space."""
+CHARACTER_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
 LEFT = ("x", "9", ".", "}", "'", "/", ")", "_")
+BETWEEN = (("\n", ""), ("", " "), ("\n", ""), ("", " "))
+"""What stands between two sides of a trial, before the cut and after it."""
 RIGHT = ("a", "Z", "s ", "ll ", "The quick", "def f(x):")
 
 
@@ -35,21 +43,28 @@ def safe_to_cut(file: TokenizerFile, backend: Backend) -> bool:
     """Whether ids of pieces are those of the whole text, by structure and by trial."""
     content = json.loads(file.content)
     normalizer = (content.get("normalizer") or {}).get("type")
-    if not _splits_by_pattern(content.get("pre_tokenizer")) or normalizer not in (None, "NFC"):
+    if not _splits_by_pattern(content.get("pre_tokenizer")) or normalizer not in NORMALIZERS:
         return False
-    if any("\n" in token or (token.isascii() and token.isalpha()) for token in file.added_tokens):
+    # Added tokens are matched before anything is split: none may reach over a cut, or take the space after it.
+    if any(set(token) & set(" \n") or (token.isascii() and token.isalpha()) for token in file.added_tokens):
+        return False
+    if any(token.get("lstrip") or token.get("rstrip") for token in content.get("added_tokens", [])):
         return False
     contexts = [text[-200:] for text in (*HOSTILE_TEXTS, *added_token_texts(file)[:8])]
-    lefts = [text + end + "\n" for text in contexts for end in LEFT]
+    lefts = [text + end for text in contexts for end in LEFT]
     rights = [begin + text for text in contexts for begin in RIGHT]
-    pairs = [(left, rights[(7 * n + 3 * k) % len(rights)]) for n, left in enumerate(lefts) for k in range(4)]
+    pairs = [
+        (left + between[0], between[1] + rights[(7 * n + 3 * k) % len(rights)])
+        for n, left in enumerate(lefts)
+        for k, between in enumerate(BETWEEN)
+    ]
     whole, _ = backend.encode([left + right for left, right in pairs])
     apart, _ = backend.encode([side for pair in pairs for side in pair])
     return np.array_equal(whole, apart)
 
 
 def _splits_by_pattern(pre_tokenizer: dict[str, object] | None) -> bool:
-    """Byte-level, with nothing put before the text and a split by a pattern that looks at nothing behind it."""
+    """Nothing is put before the text; it is split at white space, or by a pattern that looks at nothing behind it."""
     if pre_tokenizer is None:
         return False
     parts = pre_tokenizer.get("pretokenizers") if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
@@ -58,11 +73,12 @@ def _splits_by_pattern(pre_tokenizer: dict[str, object] | None) -> bool:
     for part in parts:
         if part["type"] == "Split":
             pattern = part["pattern"].get("Regex")
-            if pattern is None or any(
-                mark in pattern.replace("[^", "") for mark in ("(?<", "\\b", "\\B", "\\A", "\\G", "^")
-            ):
+            outside = CHARACTER_CLASS.sub("[]", pattern or "")
+            if pattern is None or any(mark in outside for mark in ("(?<", "\\b", "\\B", "\\A", "\\G", "^")):
                 return False
             splits = True
+        elif part["type"] in SPLITTERS:
+            splits = splits or part["type"] in SPLITTERS[:3]
         elif part["type"] == "ByteLevel" and not part["add_prefix_space"]:
             splits = splits or bool(part["use_regex"])
         else:

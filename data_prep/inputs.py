@@ -22,7 +22,10 @@ SUFFIXES = {
     ".jsonl.zst": "jsonl.zst", ".ndjson.zst": "jsonl.zst", ".json.zst": "jsonl.zst",
     ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
+WHOLE_JSON_BYTES = 64 << 20
 HUB_PREFIX = "hf:"
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+"""Arrow's names of the types that a column of text may have; a file may hold nothing but missing values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class Input:
 
     path: str
     kind: str
-    """jsonl, jsonl.gz, jsonl.zst, parquet, text, lines (text by the line), arrow (a saved dataset) or hub."""
+    """jsonl, jsonl.gz, jsonl.zst, json (one value in many lines), parquet, text, lines (text by the line), arrow (a
+    saved dataset) or hub."""
     size: int
     """Bytes on disk; 0 for a dataset on the hub."""
     mtime_ns: int
@@ -67,11 +71,13 @@ def expand_inputs(names: list[str], *, text_lines: bool = False) -> list[Input]:
     found: list[Input] = []
     for name in names:
         found.extend(_expand(name, text_lines))
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for item in found:
-        if item.path in seen:
-            raise UserError(f"{item.path}: named twice among the inputs; its documents would count twice")
-        seen.add(item.path)
+        real = item.path if item.kind == "hub" else os.path.realpath(item.path)
+        if real in seen:
+            also = f" (also as {seen[real]})" if seen[real] != item.path else ""
+            raise UserError(f"{item.path}: named twice among the inputs{also}; its documents would count twice")
+        seen[real] = item.path
     return found
 
 
@@ -82,6 +88,11 @@ def plan_tasks(inputs: list[Input], task_bytes: int, text_key: str) -> list[Task
         if source.kind in ("jsonl", "lines"):
             cuts = [*range(0, source.size, task_bytes), source.size]
             tasks.extend(Task(source, low, high, high - low) for low, high in pairwise(cuts))
+        elif source.kind == "json" and source.size > WHOLE_JSON_BYTES:
+            raise UserError(
+                f"{source.path}: one JSON value of {source.size >> 20} MiB, and such a file is read whole: write one "
+                f"object a line (jq -c '.[]' {source.path})"
+            )
         elif source.kind == "parquet":
             tasks.extend(_parquet_tasks(source, text_key))
         elif source.kind == "arrow":
@@ -178,7 +189,19 @@ def _kind(path: Path, text_lines: bool) -> str:
     if suffix is None:
         raise UserError(f"{path}: unknown ending; known are {', '.join(SUFFIXES)}")
     kind = SUFFIXES[suffix]
+    if suffix == ".json" and _is_one_value(path):
+        return "json"
     return "lines" if kind == "text" and text_lines else kind
+
+
+def _is_one_value(path: Path) -> bool:
+    """Whether a .json file is an array, or an object over several lines, rather than an object a line."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except OSError:
+        return False  # reported where it is opened to be read
+    return head.startswith(b"[") or head.split(b"\n")[0].rstrip() == b"{"
 
 
 def _input(path: Path, kind: str) -> Input:
@@ -194,23 +217,33 @@ def _parquet_tasks(source: Input, text_key: str) -> list[Task]:
     pyarrow, pq = needed("pyarrow", source.path), needed("pyarrow.parquet", source.path)
     try:
         with pq.ParquetFile(source.path) as file:
-            names = file.schema_arrow.names
+            schema = file.schema_arrow
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{source.path}: no valid parquet file: {str(error).splitlines()[0]}") from None
-    if text_key not in names:
-        raise UserError(f"{source.path}: no column '{text_key}'; name one with --text-key: {', '.join(names)}")
+    _check_column(source.path, schema, text_key)
     scale = source.size / max(1, sum(sizes))  # row groups are sized uncompressed
     return [Task(source, group, group + 1, max(1, round(size * scale))) for group, size in enumerate(sizes)]
 
 
 def _arrow_tasks(source: Input, task_bytes: int, text_key: str) -> list[Task]:
-    dataset = needed("datasets", source.path).load_from_disk(source.path)
-    if text_key not in dataset.column_names:
-        raise UserError(
-            f"{source.path}: no column '{text_key}'; name one with --text-key: {', '.join(dataset.column_names)}"
-        )
+    try:
+        dataset = needed("datasets", source.path).load_from_disk(source.path)
+    except (OSError, ValueError, IndexError) as error:  # IndexError: saved without a row, so without a file
+        raise UserError(f"{source.path}: the saved dataset cannot be opened or is empty: {error}") from None
+    _check_column(source.path, dataset.features.arrow_schema, text_key)
     rows = max(1, len(dataset) * task_bytes // max(1, source.size))
     cuts = [*range(0, len(dataset), rows), len(dataset)]
     per_row = source.size / max(1, len(dataset))
     return [Task(source, low, high, round((high - low) * per_row)) for low, high in pairwise(cuts)]
+
+
+def _check_column(path: str, schema: Any, text_key: str) -> None:
+    """Raise UserError where an Arrow schema has no such column, or one that holds no text."""
+    if text_key not in schema.names:
+        raise UserError(f"{path}: no column '{text_key}'; name one with --text-key: {', '.join(schema.names)}")
+    kind = schema.field(text_key).type
+    kind = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+    if str(kind) not in TEXT_TYPES:
+        names = ", ".join(schema.names)
+        raise UserError(f"{path}: column '{text_key}' holds {kind}, not text; name another with --text-key: {names}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from remit_megatron.data.index_cache import INDEX_FOLDER, cached_key, is_valid
 from remit_megatron.data.indexed import IndexedTokens, bin_path, open_index
 from remit_megatron.data.manifest import (
     Manifest,
@@ -56,7 +57,28 @@ def verify(
         info = dataclasses.replace(info, largest_id=manifest.largest_id)
     depth = "every byte read" if full or adopt else "quick check; --full reads every byte"
     return [*lines, f"{prefix}: sound: {info.num_documents:,} documents, {info.num_tokens:,} tokens, {info.dtype}, "
-            f"largest id {info.largest_id} ({depth})"]  # fmt: skip
+            f"largest id {info.largest_id} ({depth})", *_index_lines(prefix)]  # fmt: skip
+
+
+def _index_lines(prefix: str) -> list[str]:
+    """What to say of the sample indices beside a dataset. None can harm: a run uses what is whole and its own."""
+    current, other = quick_verify(prefix).fingerprint, 0
+    lines = []
+    for folder in sorted((Path(prefix).parent / INDEX_FOLDER).glob("[0-9a-f]*")):
+        key = cached_key(folder)
+        if not is_valid(folder):
+            if key is None or key.get("dataset") == current:
+                lines.append(f"{folder}: a damaged sample index; a run that needs it builds it again")
+        elif key is not None and key.get("dataset") == current:
+            lines.append(
+                f"{folder}: a whole sample index of this dataset, {key.get('sequence_length')} tokens a sample"
+            )
+        else:
+            other += 1
+    if other:
+        lines.append(f"{Path(prefix).parent / INDEX_FOLDER}: {other} sample indices of other data, which no run over "
+                     "this dataset uses")  # fmt: skip
+    return lines
 
 
 def _adopt(prefix: str, found: Manifest, vocab_size: int | None, hash_: str | None, eod_id: int | None) -> Manifest:

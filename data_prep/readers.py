@@ -4,26 +4,22 @@ import gzip
 import io
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-import orjson
-
 from data_prep.inputs import Task, open_hub
+from data_prep.json_lines import BadDocument, line_parser, loads, text_of
 from remit_megatron.errors import UserError
 
 BATCH_BYTES = 4 << 20
-LARGE_LINE_BYTES = 4 << 20
-"""Lines from this size on are unescaped in pieces, because a JSON parser copies them several times."""
 PIECE_BYTES = 1 << 20
 EXCERPT_BYTES = 400
+UNBROKEN = 1 << 21
+"""Letters, digits, marks or white space without an end, in characters: tokenizers take such a run as one word, and need
+dozens of bytes for each of its characters. A run of twice the length is found wherever it begins."""
+MARKS = re.compile(r"[^\w\s]*")
 BOM = b"\xef\xbb\xbf"
-ESCAPED = re.compile(
-    rb"(?:[^\\]++|\\[^u]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4})*+"
-)
-"""Whole characters of a JSON string; a surrogate pair is one, half of it is none."""
 
 
 @dataclass(slots=True)
@@ -42,6 +38,9 @@ class Batch:
     """Bytes of the file on disk that this batch passed, for progress."""
 
     def add(self, text: str | bytes) -> None:
+        """Count a document. Raises BadDocument for one that no tokenizer can split."""
+        if len(text) >= 2 * UNBROKEN:
+            _refuse_unbroken(text)
         if text:
             self.texts.append(text)
         else:
@@ -52,19 +51,15 @@ def read_task(task: Task, start: int | None, text_key: str, max_bytes: int) -> I
     """Batches of a task's documents from position `start` (none: from its beginning)."""
     kind = task.source.kind
     if kind in ("jsonl", "lines"):
-        parse = _line_parser(text_key) if kind == "jsonl" else _plain_line
+        parse = line_parser(text_key) if kind == "jsonl" else _plain_line
         yield from _read_lines(task, start, parse, max_bytes)
     elif kind in ("jsonl.gz", "jsonl.zst"):
         yield from _read_compressed(task, start, text_key, max_bytes)
     elif kind == "text":
         yield from _read_text_file(task, start, max_bytes)
     else:
-        rows = {"parquet": _parquet_rows, "arrow": _arrow_rows, "hub": _hub_rows}[kind]
+        rows = {"parquet": _parquet_rows, "arrow": _arrow_rows, "hub": _hub_rows, "json": _json_rows}[kind]
         yield from _read_rows(task, rows(task, start or 0, text_key), start or 0, max_bytes)
-
-
-class BadDocument(Exception):
-    """A document that cannot be used, with the reason."""
 
 
 def _bad(task: Task, position: int, reason: str, raw: bytes) -> dict[str, Any]:
@@ -74,6 +69,14 @@ def _bad(task: Task, position: int, reason: str, raw: bytes) -> dict[str, Any]:
     if where == "row":
         record["piece"] = task.low
     return {**record, "reason": reason, "excerpt": excerpt}
+
+
+def _refuse_unbroken(text: str | bytes) -> None:
+    for start in range(0, len(text) - UNBROKEN + 1, UNBROKEN):
+        part = text[start : start + UNBROKEN]
+        window = part if isinstance(part, str) else part.decode(errors="ignore")
+        if window.isalpha() or window.isspace() or window.isnumeric() or MARKS.fullmatch(window):
+            raise BadDocument(f"a run of over {len(window):,} characters of one kind, which is no text")
 
 
 # Lines
@@ -109,7 +112,7 @@ def _read_compressed(task: Task, start: int | None, text_key: str, max_bytes: in
                 while position < (start or 0):
                     position += len(file.read(min(1 << 20, (start or 0) - position)))
                 before = 0
-                for batch in _lines(task, file, position, None, _line_parser(text_key), max_bytes):
+                for batch in _lines(task, file, position, None, line_parser(text_key), max_bytes):
                     batch.disk_bytes, before = raw.tell() - before, raw.tell()
                     yield batch
         except (EOFError, OSError, _zstd_error()) as error:
@@ -123,7 +126,9 @@ def _decompressed(raw: IO[bytes], kind: str) -> IO[bytes]:
         return io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 20)  # type: ignore[arg-type]
     import zstandard
 
-    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, read_size=1 << 20)
+    # As `zstd --long=31` writes them; memory grows with the window that a frame asks for.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    reader = decompressor.stream_reader(raw, read_across_frames=True, read_size=1 << 20)
     return io.BufferedReader(reader, 1 << 20)  # type: ignore[arg-type]
 
 
@@ -222,98 +227,6 @@ def _plain_line(line: bytes) -> str:
         raise BadDocument(f"invalid UTF-8 at byte {error.start} of the line") from None
 
 
-def _line_parser(text_key: str) -> Callable[[bytes], str | bytes]:
-    loads = orjson.loads
-
-    def parse(line: bytes) -> str | bytes:
-        if len(line) > LARGE_LINE_BYTES:
-            return parse_large_line(line, text_key)
-        try:
-            record = loads(line)
-        except orjson.JSONDecodeError as error:
-            raise BadDocument(f"no valid JSON: {error.msg}, column {error.colno}") from None
-        return _text_of(record, text_key)
-
-    return parse
-
-
-def _text_of(record: Any, text_key: str) -> str:
-    if not isinstance(record, dict):
-        raise BadDocument(f"a JSON {type(record).__name__} where an object is expected")
-    if text_key not in record:
-        raise BadDocument(f"no key '{text_key}'")
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise BadDocument(f"'{text_key}' holds {'null' if text is None else type(text).__name__}, not a string")
-    return text
-
-
-# Lines of many MiB
-
-
-def parse_large_line(line: bytes, text_key: str) -> str | bytes:
-    """The text of one JSON line as UTF-8, with little memory beyond the line and the text. Raises BadDocument.
-
-    Long strings are cut out of the line before it is parsed, and the one wanted is unescaped piece by piece.
-    """
-    spans = _long_strings(line)
-    mark = secrets.token_hex(16)  # no text holds it
-    shrunk, last = bytearray(), 0
-    for number, (start, end) in enumerate(spans):
-        shrunk += line[last:start] + f"{mark}{number}".encode()
-        last = end
-    shrunk += line[last:]
-    try:
-        text = _text_of(orjson.loads(shrunk), text_key)
-        if not text.startswith(mark):
-            return text
-        return _unescape(memoryview(line)[slice(*spans[int(text.removeprefix(mark))])])
-    except orjson.JSONDecodeError as error:
-        raise BadDocument(f"no valid JSON: {error.msg}") from None
-
-
-def _long_strings(line: bytes) -> list[tuple[int, int]]:
-    """(start, end) of what lies between the quotes of each JSON string longer than PIECE_BYTES."""
-    spans: list[tuple[int, int]] = []
-    position = line.find(b'"')
-    while position >= 0:
-        start = end = position + 1
-        while True:
-            end = line.find(b'"', end)
-            if end < 0:
-                return spans
-            backslashes = end - 1
-            while line[backslashes] == 0x5C:
-                backslashes -= 1
-            if (end - 1 - backslashes) % 2 == 0:
-                break
-            end += 1
-        if end - start > PIECE_BYTES:
-            spans.append((start, end))
-        position = line.find(b'"', end + 1)
-    return spans
-
-
-def _unescape(raw: memoryview) -> bytes:
-    text, start = io.BytesIO(), 0
-    while start < len(raw):
-        end = _safe_cut(raw, start, min(start + PIECE_BYTES, len(raw)))
-        text.write(orjson.loads(b'"' + raw[start:end] + b'"').encode())
-        start = end
-    return text.getvalue()
-
-
-def _safe_cut(raw: memoryview, start: int, target: int) -> int:
-    """The last position in (start, target] between two characters, escaped or not, and between no surrogate pair."""
-    whole = ESCAPED.match(raw, start, target)
-    end = whole.end() if whole else start
-    while end < len(raw) and raw[end] & 0xC0 == 0x80:  # inside a UTF-8 character
-        end -= 1
-    if end <= start:
-        raise BadDocument("an invalid escape sequence")
-    return end
-
-
 # Whole files and tables
 
 
@@ -331,6 +244,8 @@ def _read_text_file(task: Task, start: int | None, max_bytes: int) -> Iterator[B
                 batch.add(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 batch.bad.append(_bad(task, 0, f"invalid UTF-8 at byte {error.start}", raw))
+            except BadDocument as error:
+                batch.bad.append(_bad(task, 0, str(error), raw))
     yield batch
 
 
@@ -339,7 +254,9 @@ def _read_rows(task: Task, rows: Iterator[Any], start: int, max_bytes: int) -> I
     batch = Batch(start)
     for number, value in enumerate(rows, start):
         raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
-        if not isinstance(raw, bytes):
+        if isinstance(raw, BadDocument):
+            batch.bad.append(_bad(task, number, str(raw), b""))
+        elif not isinstance(raw, bytes):
             batch.bad.append(
                 _bad(task, number, f"{'null' if value is None else type(value).__name__}, not a string", b"")
             )
@@ -351,6 +268,8 @@ def _read_rows(task: Task, rows: Iterator[Any], start: int, max_bytes: int) -> I
                 batch.add(raw)
             except UnicodeDecodeError as error:
                 batch.bad.append(_bad(task, number, f"invalid UTF-8 at byte {error.start}", raw))
+            except BadDocument as error:
+                batch.bad.append(_bad(task, number, str(error), raw))
             batch.size += len(raw)
         batch.position = number + 1
         if batch.size >= BATCH_BYTES:
@@ -363,24 +282,56 @@ def _parquet_rows(task: Task, start: int, text_key: str) -> Iterator[Any]:
     import pyarrow  # planning made sure of it
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(task.source.path, buffer_size=1 << 20) as file:
-        row = 0
-        for table in file.iter_batches(64, row_groups=[task.low], columns=[text_key]):
-            row += len(table)
-            if row <= start:
-                continue
-            column = table.column(0)
-            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                column = column.cast(pyarrow.large_binary())  # one invalid value must not spoil its batch
-            yield from column.to_pylist()[max(0, start - (row - len(table))) :]
+    try:
+        with pq.ParquetFile(task.source.path, buffer_size=1 << 20) as file:
+            group, row = file.metadata.row_group(task.low), 0
+            size = rows_at_once(group.total_byte_size, group.num_rows)
+            for table in file.iter_batches(size, row_groups=[task.low], columns=[text_key]):
+                row += len(table)
+                if row > start:
+                    yield from _values(table.column(0))[max(0, start - (row - len(table))) :]
+    except (pyarrow.ArrowException, OSError) as error:
+        what = str(error).splitlines()[0]
+        raise UserError(
+            f"{task.source.path}: row group {task.low} is damaged ({what}); replace it, or leave it out"
+        ) from None
+
+
+def rows_at_once(size: int, rows: int) -> int:
+    """How many of `rows` rows with `size` bytes in all to decode together, about BATCH_BYTES."""
+    return max(1, min(1024, BATCH_BYTES * rows // max(1, size)))
+
+
+def _values(column: Any) -> list[Any]:
+    """A column's texts as bytes (None: missing); one invalid value must not spoil its batch, as str would."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pyarrow.large_binary()).to_pylist()
 
 
 def _arrow_rows(task: Task, start: int, text_key: str) -> Iterator[Any]:
     import datasets
 
-    dataset = datasets.load_from_disk(task.source.path)
-    for low in range(task.low + start, task.high, 64):
-        yield from dataset[low : min(low + 64, task.high)][text_key]
+    dataset = datasets.load_from_disk(task.source.path).select_columns(text_key)
+    size = rows_at_once(task.size, task.high - task.low)
+    for low in range(task.low + start, task.high, size):
+        yield from dataset[low : min(low + size, task.high)][text_key]
+
+
+def _json_rows(task: Task, start: int, text_key: str) -> Iterator[Any]:
+    """The objects of a file that is one JSON array, or one object written over many lines."""
+    with open(task.source.path, "rb") as file:
+        try:
+            value = loads(file.read().removeprefix(BOM))
+        except BadDocument as error:
+            raise UserError(f"{task.source.path}: {error}; write one JSON object a line") from None
+    for record in (value if isinstance(value, list) else [value])[start:]:
+        try:
+            yield text_of(record, text_key)
+        except BadDocument as error:
+            yield error
 
 
 def _hub_rows(task: Task, start: int, text_key: str) -> Iterator[Any]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.assemble import Assembler, finish, remove_folder
-from data_prep.backends import TokenizerFile, backend_version, choose_backend, clip, limit_threads
+from data_prep.backends import HuggingFace, TokenizerFile, backend_version, choose_backend, clip, limit_threads
+from data_prep.cuts import safe_to_cut
 from data_prep.inputs import TASK_BYTES, Input, Task, expand_inputs, plan_tasks, take_shard
 from data_prep.progress import Meter
 from data_prep.readers import read_task
@@ -27,6 +28,8 @@ from remit_megatron.data.indexed import dtype_for, idx_path
 from remit_megatron.data.manifest import Manifest
 from remit_megatron.errors import RunError, UserError
 
+DOCUMENT_MIB = 64
+WHOLE_DOCUMENT_MIB = 2
 SAMPLE_TASKS = 8
 SAMPLE_DOCUMENTS = 100
 SAMPLE_CHARACTERS = 1 << 19
@@ -46,7 +49,8 @@ class TokenizeSettings:
     vocab_size: int | None = None
     text_lines: bool = False
     max_bad: int = 1000
-    max_document_mib: int = 64
+    max_document_mib: int | None = None
+    """None: DOCUMENT_MIB; WHOLE_DOCUMENT_MIB where a document is taken whole, with 100 times its size in memory."""
     backend: str = "auto"
     shard: tuple[int, int] | None = None
     overwrite: bool = False
@@ -180,8 +184,12 @@ def _make_plan(settings: TokenizeSettings, inputs: list[Input], file: TokenizerF
     if vocab_size < file.vocab_size:
         raise UserError(f"--vocab-size {vocab_size} is smaller than the {file.vocab_size} ids of {file.path}")
     eod_id = file.eod_id(settings.eod_token) if settings.append_eod else None
-    maximum = settings.max_document_mib << 20
-    backend, why = choose_backend(settings.backend, file, _sample(tasks, settings.text_key, maximum))
+    asked = settings.max_document_mib or DOCUMENT_MIB
+    backend, why = choose_backend(settings.backend, file, _sample(tasks, settings.text_key, asked << 20))
+    mib = asked
+    if settings.max_document_mib is None and backend == "tokenizers" and not safe_to_cut(file, HuggingFace(file)):
+        mib = WHOLE_DOCUMENT_MIB
+        why += f"; documents above {mib} MiB are put aside, because it takes them whole: --max-document-mib"
     job = Job(
         folder=folder,
         tokenizer=file,
@@ -189,7 +197,7 @@ def _make_plan(settings: TokenizeSettings, inputs: list[Input], file: TokenizerF
         vocab_size=vocab_size,
         eod_id=eod_id,
         text_key=settings.text_key,
-        max_document_bytes=maximum,
+        max_document_bytes=mib << 20,
         max_bad=settings.max_bad,
         part_bytes=settings.part_bytes,
     )
@@ -200,7 +208,7 @@ def _make_plan(settings: TokenizeSettings, inputs: list[Input], file: TokenizerF
         "vocab_size": vocab_size,
         "eod_id": eod_id,
         "text_key": settings.text_key,
-        "max_document_mib": settings.max_document_mib,
+        "max_document_mib": mib,
         "shard": list(settings.shard) if settings.shard else None,
         "tasks": [task.record() for task in tasks],
     }

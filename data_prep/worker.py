@@ -29,6 +29,7 @@ from remit_megatron.data.indexed import dtype_for
 from remit_megatron.errors import RemitError, RunError, UserError
 
 PART_BYTES = 32 << 20
+WRITE_IDS = 1 << 20
 CHECK_EVERY = 2000
 """One document in so many is encoded by `tokenizers` too where gigatoken does the work."""
 
@@ -89,7 +90,8 @@ class Encoder:
         for piece in pieces(text) if self.cuts else (text,):
             ids, _ = self.backend.encode([piece])
             largest = check_ids(ids, self.job.vocab_size, str(self.job.tokenizer.path))
-            write(ids.astype(self.dtype), largest)
+            for start in range(0, len(ids), WRITE_IDS):
+                write(ids[start : start + WRITE_IDS].astype(self.dtype), largest)
             length += len(ids)
         if length and self.job.eod_id is not None:
             write(np.array([self.job.eod_id], dtype=self.dtype), self.job.eod_id)
@@ -204,11 +206,16 @@ def _groups(texts: list[str | bytes]) -> Iterator[list[str | bytes]]:
 
 
 def too_many_bad(found: int, allowed: int, example: dict[str, Any]) -> UserError:
-    where = f"byte {example['byte']}" if "byte" in example else f"row {example['row']}"
     return UserError(
-        f"{example['file']}: {found} documents could not be read, --max-bad allows {allowed}; for example at {where}: "
-        f"{example['reason']}; correct the input or raise --max-bad"
+        f"{example['file']}: {found} documents could not be read, --max-bad allows {allowed}; for example "
+        f"{describe_bad(example)}; correct the input or raise --max-bad"
     )
+
+
+def describe_bad(record: dict[str, Any]) -> str:
+    """Where a document that was put aside begins, and why it was."""
+    where = f"byte {record['byte']}" if "byte" in record else f"row {record['row']}"
+    return f"at {where}: {record['reason']}"
 
 
 def worker_main(job: Job, tasks: list[Task], pipe: Connection) -> None:

@@ -21,6 +21,8 @@ from remit_megatron.data.manifest import file_sha256
 from remit_megatron.errors import RunError
 
 LEDGER = "cache.json"
+INDEX_FOLDER = ".index"
+"""Where sample indices lie beside a dataset, unless data.cache_dir names another folder."""
 
 
 def ensure_cache(root: Path, key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
@@ -44,6 +46,15 @@ def ensure_cache(root: Path, key: Mapping[str, Any], build: Callable[[Path], Non
 def cache_name(key: Mapping[str, Any]) -> str:
     """32 hex digits of a key of JSON values."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cached_key(folder: Path) -> dict[str, Any] | None:
+    """The key that a cache was built for, or None where its ledger cannot be read."""
+    try:
+        key = json.loads((folder / LEDGER).read_text(encoding="utf-8"))["key"]
+        return key if isinstance(key, dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_valid(folder: Path) -> bool:

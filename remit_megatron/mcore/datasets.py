@@ -21,7 +21,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from remit_megatron.config import Data
-from remit_megatron.data.index_cache import ensure_cache
+from remit_megatron.data.index_cache import INDEX_FOLDER, ensure_cache
 from remit_megatron.data.indexed import open_index
 from remit_megatron.data.manifest import DatasetInfo, quick_verify
 from remit_megatron.data.packed import PackedSamples, open_packed
@@ -77,7 +77,7 @@ def _ensure_index(prefix: str, data: Data, info: DatasetInfo) -> Path:
             f"{prefix}: {info.num_tokens} tokens are fewer than one sample of data.sequence_length + 1 = "
             f"{data.sequence_length + 1}"
         )
-    root = Path(data.cache_dir) if data.cache_dir else Path(prefix).parent / ".index"
+    root = Path(data.cache_dir) if data.cache_dir else Path(prefix).parent / INDEX_FOLDER
     key = {
         "dataset": info.fingerprint,
         "sequence_length": data.sequence_length,

@@ -10,12 +10,15 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from data_prep.inspect import verify
 from data_prep.writer import write_dataset
+from remit_megatron.config import Data
 from remit_megatron.data.index_cache import ensure_cache
 from remit_megatron.data.indexed import open_index
 from remit_megatron.data.manifest import quick_verify
 from remit_megatron.data.packed import open_packed
 from remit_megatron.errors import RunError
+from remit_megatron.mcore.datasets import open_source
 from tests.data.conftest import VOCAB, random_documents
 
 logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
@@ -89,3 +92,29 @@ def test_index_follows_the_data(dataset: str, tmp_path: Path) -> None:
     fresh = gpt_dataset(dataset, 32, tmp_path / "fresh")
     assert second == [[*fresh[n]["tokens"].tolist(), int(fresh[n]["labels"][-1])] for n in range(len(fresh))]
     assert len(tuple((tmp_path / "cache").glob("[0-9a-f]*"))) == 2
+
+
+def test_start_and_verify_see_stale_and_cut_indices(dataset: str, tmp_path: Path) -> None:
+    """`open_source`, a run's start: the old index of data made anew is not used, a cut one is built again."""
+    data = Data.model_validate({"sequence_length": 32, "train": [{"path": dataset}]})
+
+    def samples() -> list[list[int]]:
+        source = open_source(dataset, data, VOCAB)
+        return [source.text(n).tolist() for n in range(len(source))]
+
+    first = samples()
+    (index,) = Path(dataset).parent.glob(".index/[0-9a-f]*")
+    assert f"{index}: a whole sample index of this dataset, 32 tokens a sample" in verify(dataset)
+    for cut in (*index.glob("*.npy"), index / "cache.json"):
+        content = cut.read_bytes()
+        cut.write_bytes(content[:-16])
+        assert f"{index}: a damaged sample index; a run that needs it builds it again" in verify(dataset)
+        assert samples() == first
+        assert cut.read_bytes() == content
+    write_dataset(dataset, random_documents(3, count=100), vocab_size=VOCAB, eod_id=0)
+    assert "1 sample indices of other data" in verify(dataset)[-1]
+    second = samples()
+    write_dataset(tmp_path / "fresh" / "data", random_documents(3, count=100), vocab_size=VOCAB, eod_id=0)
+    fresh = open_source(str(tmp_path / "fresh" / "data"), data, VOCAB)
+    assert second == [fresh.text(n).tolist() for n in range(len(fresh))]
+    assert second[: len(first)] != first

@@ -134,11 +134,12 @@ def test_pieces_of_a_document_give_its_ids(kind: str, tokenizer_dirs: dict[str, 
 def test_unsafe_patterns_are_not_cut(tokenizer_dirs: dict[str, Path]) -> None:
     """A split that looks behind, and one that keeps a newline with the word after it, which trial shows."""
     file = TokenizerFile.load(tokenizer_dirs["olmo2"])
-    for pattern in (r"(?<=a)b|\s+|\S+", r"^\s+|\S+|\s+", r"\n\w+|\S+|\s+"):
+    for pattern in (r"(?<=a)b|\s+|\S+", r"^\s+|\S+|\s+", r"\n\w+|\S+|\s+", r"\w+ \w+|\S+|\s+"):
         content = json.loads(file.content)
         content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
-        content["model"]["vocab"]["\u010aa"] = 5000
-        content["model"]["merges"].append(["\u010a", "a"])
+        for space in ("\u010a", "\u0120"):
+            content["model"]["vocab"][f"{space}a"] = 5000 + ord(space)
+            content["model"]["merges"].append([space, "a"])
         other = dataclasses.replace(file, content=json.dumps(content))
         assert not safe_to_cut(other, HuggingFace(other))
 

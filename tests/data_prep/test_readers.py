@@ -10,8 +10,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import readers
-from data_prep.readers import BadDocument, _check_zstd, parse_large_line
+from data_prep import json_lines
+from data_prep.json_lines import BadDocument, parse_large_line
+from data_prep.readers import UNBROKEN, Batch, _check_zstd, rows_at_once
 
 PIECES = (
     "a",
@@ -44,11 +45,11 @@ def test_large_line_equals_the_parser(text: str, other: str, ascii_only: bool, p
     line = json.dumps(
         {"o": other, "n": [1, {"text": other}], "text": text, "z": text}, ensure_ascii=ascii_only
     ).encode()
-    before, readers.PIECE_BYTES = readers.PIECE_BYTES, piece
+    before, json_lines.PIECE_BYTES = json_lines.PIECE_BYTES, piece
     try:
         found = parse_large_line(line + b"\n", "text")
     finally:
-        readers.PIECE_BYTES = before
+        json_lines.PIECE_BYTES = before
     assert (found.decode() if isinstance(found, bytes) else found) == orjson.loads(line)["text"]
 
 
@@ -67,7 +68,7 @@ def test_large_line_equals_the_parser(text: str, other: str, ascii_only: bool, p
     ],
 )
 def test_large_bad_line(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "PIECE_BYTES", 20)
+    monkeypatch.setattr(json_lines, "PIECE_BYTES", 20)
     with pytest.raises(BadDocument):
         parse_large_line(line, "text")
 
@@ -86,3 +87,36 @@ def test_cut_zstd(tmp_path: Path) -> None:
             path.write_bytes((frame + skippable + frame)[:-cut])
             with pytest.raises((EOFError, zstandard.ZstdError)):
                 _check_zstd(str(path))
+
+
+@pytest.mark.parametrize("line", [b'{"a": NaN, "text": "x"}', b'{"a": [-Infinity, Infinity], "text": "x"}'])
+def test_constants_that_python_writes(line: bytes) -> None:
+    parse = json_lines.line_parser("text")
+    assert parse(line) == "x"
+    for bad in (line.replace(b"x", b"\\ud800"), line.replace(b"x", b"\xff"), line.replace(b'"}', b'"'), b"NaN"):
+        with pytest.raises(BadDocument):
+            parse(bad)
+
+
+@pytest.mark.parametrize("unit", [" ", "a", "\u4e00", "7", "=", "\n"])
+def test_endless_words_are_put_aside(unit: str) -> None:
+    """Wherever the run begins; a run of a million is text."""
+    batch = Batch(0)
+    run = unit * (2 * UNBROKEN)
+    for text in (run, "some words " * 7 + run, run + " and more", f"x {run}x"):
+        for form in (text, text.encode()):
+            if unit == "\u4e00" and isinstance(form, bytes):
+                continue  # a third as many characters as bytes
+            with pytest.raises(BadDocument, match="characters of one kind"):
+                batch.add(form)
+    for text in (unit * 1_000_000, "some words, " * (UNBROKEN // 4), ("b3+/" * 20 + "\n") * (UNBROKEN // 20)):
+        batch.add(text)
+    assert (len(batch.texts), batch.empty) == (3, 0)
+
+
+def test_rows_at_once() -> None:
+    """About 4 MiB, whatever a row holds."""
+    assert rows_at_once(1 << 30, 1 << 20) == 1024
+    assert rows_at_once(1 << 30, 16 * 64) == 4
+    assert rows_at_once(1 << 30, 3) == 1
+    assert rows_at_once(0, 0) == 1

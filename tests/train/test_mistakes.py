@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from data_prep.writer import write_dataset
 from remit_megatron.config import dump_toml, parse_recipe
+from remit_megatron.data.indexed import HEADER_BYTES, open_index
+from remit_megatron.mcore.compat import importable
 from tests.ranks import run_ranks
-from tests.train.runs import remit, settings
+from tests.train.runs import EOD, VOCAB, remit, settings
 
 Case = tuple[str, str, list[str], str]
 """Name, recipe file, overrides, what the message must contain."""
@@ -35,13 +39,27 @@ def _cases(folder: Path) -> list[Case]:
         change(folder / f"{name}.bin", folder / f"{name}.idx")
         return f'data.train=[{{path="{folder / name}"}}]'
 
-    def corrupt_index(_: Path, idx: Path) -> None:
-        content = bytearray(idx.read_bytes())
-        content[40] ^= 0xFF
-        idx.write_bytes(content)
+    def flip(position: int) -> Callable[[Path, Path], None]:
+        def change(_: Path, idx: Path) -> None:
+            content = bytearray(idx.read_bytes())
+            content[position] ^= 4
+            idx.write_bytes(content)
 
+        return change
+
+    documents = open_index(folder / "train").num_documents
+    flipped = {
+        "dtype": damaged("dtype", flip(17)),
+        "length": damaged("length", flip(HEADER_BYTES + 4 * 7)),
+        "pointer": damaged("pointer", flip(HEADER_BYTES + 4 * documents + 8 * 7)),
+    }
     cut = damaged("cut", lambda bin_, _: os.truncate(bin_, bin_.stat().st_size - 100))
-    corrupt = damaged("corrupt", corrupt_index)
+    exchanged = damaged("exchanged", lambda *_: None)
+    shutil.copy(folder / "held.manifest.json", folder / "exchanged.manifest.json")
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    write_dataset(folder / "named", [[1, 2, 3] * 20], vocab_size=VOCAB, eod_id=EOD, tokenizer_hash="ab" * 32)
+    foreign = [f'data.train=[{{path="{folder / "named"}"}}]', f'data.tokenizer="{tokenizer}"']
     empty = damaged("empty", lambda _, idx: idx.write_bytes(b""))
     wide = folder / "wide_vocabulary"
     shutil.copytree(folder / "base", wide)
@@ -73,7 +91,11 @@ def _cases(folder: Path) -> list[Case]:
         ("missing dataset", b, [f'data.train=[{{path="{folder}/nowhere"}}]'], "nowhere"),
         ("missing held-out set", b, [f'data.eval.other="{folder}/nowhere"'], "nowhere"),
         ("truncated .bin", b, [cut], "cut.bin"),
-        ("corrupt .idx", b, [corrupt], "corrupt.idx"),
+        ("flipped dtype code", b, [flipped["dtype"]], "dtype.idx: damaged"),
+        ("flipped length", b, [flipped["length"]], "length.idx: damaged"),
+        ("flipped pointer", b, [flipped["pointer"]], "pointer.idx: damaged"),
+        ("manifest of other data", b, [exchanged], "the files do not belong together"),
+        ("foreign tokenizer", b, foreign, "made with the tokenizer abababababab, but the recipe's is"),
         ("empty .idx", b, [empty], "empty.idx"),
         ("id past the vocabulary", b, ["model.vocab_size=40"], "vocab"),
         ("heads", b, ["parallel.tensor=3", "model.num_query_groups=4"], "does not divide by parallel.tensor"),
@@ -96,10 +118,21 @@ def _cases(folder: Path) -> list[Case]:
         ("infinite clip", b, ["optimizer.clip_grad_norm=inf"], "optimizer.clip_grad_norm"),
         ("merged scoring", g, ["reference.merge_microbatches=3"], "reference.merge_microbatches = 3 does not fit"),
         ("run folder below a file", b, [f'run="{base}/run"'], "cannot be used"),
-        ("DALI asked for and absent", b, ["data.loader=dali"], "needs NVIDIA DALI"),
-        ("TE asked for and absent", b, ["model.implementation=transformer_engine"], "Transformer Engine"),
-        ("no CUDA", b, ["compute.device=cuda"], "compute.device = 'cuda'"),
+        *_absent(b),
     ]
+
+
+def _absent(recipe: str) -> list[Case]:
+    """What this machine lacks."""
+    cases: list[tuple[bool, Case]] = [
+        (importable("nvidia.dali"), ("DALI", recipe, ["data.loader=dali"], "needs NVIDIA DALI")),
+        (
+            importable("transformer_engine.pytorch"),
+            ("TE", recipe, ["model.implementation=transformer_engine"], "Transformer Engine"),
+        ),
+        (torch.cuda.is_available(), ("CUDA", recipe, ["compute.device=cuda"], "compute.device = 'cuda'")),
+    ]
+    return [case for there, case in cases if not there]
 
 
 def _run_cases(rank: int, cases: list[Case]) -> dict[tuple[str, str], Any]:

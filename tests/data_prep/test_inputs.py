@@ -1,0 +1,147 @@
+"""Files as they are found in the wild: read as meant, or refused by name."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from tokenizers import Tokenizer
+
+from data_prep.tokenize import TokenizeSettings, tokenize
+from remit_megatron.data.indexed import open_index
+from remit_megatron.errors import UserError
+
+TEXTS = ["one", "two\n", "caf\u00e9 \U0001f600", "", "four"]
+KEPT = [text for text in TEXTS if text]
+
+
+@pytest.fixture
+def texts_of(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> Callable[..., list[str]]:
+    """Tokenizes the inputs named and gives the documents' texts back."""
+    folder = tokenizer_dirs["olmo2"]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def run(*names: Path | str, **settings: object) -> list[str]:
+        output = str(tmp_path / "output" / "data")
+        inputs = [str(name) for name in names]
+        tokenize(TokenizeSettings(inputs=inputs, tokenizer=str(folder), output=output, workers=1, overwrite=True,
+                                  **settings))  # type: ignore[arg-type]  # fmt: skip
+        data = open_index(output)
+        return [tokenizer.decode(data.document(n)) for n in range(data.num_documents)]
+
+    return run
+
+
+def lines(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def test_json_files_that_are_no_lines(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    """An array, one object over many lines, and lines under the same ending."""
+    records = [{"text": text} for text in TEXTS]
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(records, indent=1))
+    (tmp_path / "b.json").write_text(json.dumps(records))
+    (tmp_path / "c.json").write_text(json.dumps({"level": 5, "text": "a problem"}, indent=4))
+    (tmp_path / "d.json").write_bytes(lines(TEXTS))
+    assert texts_of(tmp_path / "[a-d].json") == [*KEPT, *KEPT, "a problem", *KEPT]
+    (tmp_path / "e.json").write_text(json.dumps([{"text": "good"}, {"no": 1}, {"text": None}, "x", {"text": "last"}]))
+    assert texts_of(tmp_path / "e.json") == ["good", "last"]
+    bad = [json.loads(line) for line in (tmp_path / "output" / "data.bad.jsonl").read_text().splitlines()]
+    assert [(record["row"], record["reason"]) for record in bad] == [
+        (1, "no key 'text'"),
+        (2, "'text' holds null, not a string"),
+        (3, "a JSON str where an object is expected"),
+    ]
+    (tmp_path / "f.json").write_text("[\n" + json.dumps({"text": "cut"}))
+    with pytest.raises(UserError, match=r"f.json: no valid JSON.*one JSON object a line"):
+        texts_of(tmp_path / "f.json")
+
+
+def test_large_json_array_is_refused(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    with open(tmp_path / "a.json", "wb") as file:
+        file.write(b"[")
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(UserError, match=r"one JSON value of 64 MiB.*jq -c '\.\[\]'"):
+        texts_of(tmp_path / "a.json")
+
+
+def test_names_and_empty_files(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    """Nested folders, one name twice, any script, no newline at the end, an ending in capitals, empty files."""
+    folder = tmp_path / "\u6587 \u00fcml"
+    for name, content in {
+        "a/x.jsonl": lines(["1"]), "b/c/x.jsonl": lines(["2"])[:-1], "b/x.JSONL": lines(["3"]), "b/empty.jsonl": b"",
+        "b/empty.jsonl.gz": b"", "b/empty.jsonl.zst": b"", "c[1]/*.txt": b"4", "c[1]/z.txt": b"",
+    }.items():  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    assert texts_of(folder) == ["1", "2", "3", "4"]
+    os.symlink(folder / "a" / "x.jsonl", tmp_path / "link.jsonl")
+    with pytest.raises(UserError, match=r"link.jsonl: named twice among the inputs \(also as .*a/x.jsonl\)"):
+        texts_of(folder, tmp_path / "link.jsonl")
+
+
+def test_zstd_with_a_long_window(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    """As `zstd --long=31` writes; a decoder refuses windows above 128 MiB unless it is told to take them."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(lines(TEXTS)) + compressor.flush())
+    assert texts_of(tmp_path / "a.jsonl.zst") == KEPT
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array(TEXTS).dictionary_encode(),
+        pyarrow.array(TEXTS, pyarrow.large_string()).dictionary_encode(),
+        pyarrow.array(TEXTS, pyarrow.string_view()),
+        pyarrow.array([text.encode() for text in TEXTS], pyarrow.large_binary()),
+    ],
+)
+def test_column_types(column: pyarrow.Array, tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet") == KEPT
+
+
+def test_parquet_refusals(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    path = tmp_path / "a.parquet"
+    for column, kind in ((pyarrow.array([1]), "int64"), (pyarrow.array([["a"]]), "list")):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column, "body": ["b"]}), path)
+        with pytest.raises(UserError, match=rf"a.parquet: column 'text' holds {kind}.*text, body"):
+            texts_of(path)
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, compression="zstd", use_dictionary=False)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"a.parquet: no valid parquet file"):
+        texts_of(path)
+    path.write_bytes(whole[:4] + bytes(byte ^ 0xFF for byte in whole[4:40]) + whole[40:])
+    with pytest.raises(UserError, match=r"a.parquet: row group 0 is damaged"):
+        texts_of(path)
+
+
+def test_saved_dataset_without_rows_or_text(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "empty"))
+    datasets.Dataset.from_dict({"text": [[1]], "body": ["b"]}).save_to_disk(str(tmp_path / "lists"))
+    datasets.Dataset.from_dict({"text": ["a", None, "c"]}).select([2, 1]).save_to_disk(str(tmp_path / "some"))
+    datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})).save_to_disk(str(tmp_path / "splits"))
+    for name, message in (
+        ("empty", "cannot be opened or is empty"),
+        ("lists", "column 'text' holds list.*text, body"),
+        ("splits", "several splits; name one of them: train"),
+    ):
+        with pytest.raises(UserError, match=message):
+            texts_of(tmp_path / name)
+    assert texts_of(tmp_path / "lists", text_key="body") == ["b"]
+    assert texts_of(tmp_path / "some") == ["c"]
+    assert texts_of(tmp_path / "splits" / "train") == ["a"]
+
+
+def test_nothing_usable_says_why(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(["x"]).decode().encode("utf-16"))
+    with pytest.raises(UserError, match=r"no token to write: .* for example at byte 0: no valid JSON"):
+        texts_of(tmp_path / "a.jsonl")
