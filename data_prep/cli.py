@@ -102,7 +102,8 @@ def _add_select(commands: Any) -> None:
     parser.add_argument("prefix", metavar="PREFIX", help="dataset whose documents were scored")
     parser.add_argument("--large", required=True, help=".npy of NLL by the large model, nats, one value a document")
     parser.add_argument("--small", required=True, help=".npy of NLL by the small model, nats, one value a document")
-    parser.add_argument("--keep", type=float, default=0.8, help="share of documents to keep; default: 0.8")
+    parser.add_argument("--keep", type=float, default=0.8, help="share to keep; default: 0.8")
+    parser.add_argument("--by", choices=("documents", "tokens"), default="documents", help="what --keep is a share of")
     parser.add_argument("--output", required=True, metavar="PREFIX")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of that name")
     parser.set_defaults(func=_select)
@@ -180,6 +181,7 @@ def _select(arguments: argparse.Namespace) -> int:
         large=Path(arguments.large),
         small=Path(arguments.small),
         keep=arguments.keep,
+        by=arguments.by,
         output=arguments.output,
         overwrite=arguments.overwrite,
     )

@@ -7,7 +7,7 @@ global sort keeps the best share of documents, in the order of the dataset. Base
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,9 +20,17 @@ from remit_megatron.errors import UserError
 
 
 def select(
-    prefix: str, *, large: Path, small: Path, keep: float = 0.8, output: str, overwrite: bool = False
+    prefix: str,
+    *,
+    large: Path,
+    small: Path,
+    keep: float = 0.8,
+    by: Literal["documents", "tokens"] = "documents",
+    output: str,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Keep int(keep x documents) documents of the largest score; of equal ones the earlier.
+    """Keep the documents of the largest score, of equal ones the earlier: int(keep x documents) of them, or by tokens
+    as many as hold no more than that share of all tokens.
 
     large, small: .npy of NLLs in nats, [documents] (means) or [tokens] in the order of .bin (NaN: not scored; the
     mean is over the rest). A file X.npy.json with `fingerprint` ties scores to a dataset and is checked.
@@ -35,10 +43,10 @@ def select(
     manifest, indexed = owned_manifest(prefix), open_index(prefix)
     large_nll, large_tied = _mean_nll(large, indexed, manifest)
     small_nll, small_tied = _mean_nll(small, indexed, manifest)
-    kept = difference_sampling(large_nll, small_nll, keep)
+    kept = difference_sampling(large_nll, small_nll, keep, lengths=indexed.lengths if by == "tokens" else None)
     report = _report(indexed, large_nll, small_nll, kept)
     report |= {"prefix": prefix, "fingerprint": fingerprint(manifest), "large": str(large), "small": str(small),
-               "scores_tied_to_dataset": large_tied and small_tied, "keep": keep}  # fmt: skip
+               "scores_tied_to_dataset": large_tied and small_tied, "keep": keep, "keep_of": by}  # fmt: skip
     provenance = {"command": "select", "select": report, "source": manifest.provenance}
     dtype = np.dtype(manifest.dtype)
     writer = DatasetWriter(output, vocab_size=manifest.vocab_size or int(np.iinfo(dtype).max), dtype=dtype)
@@ -52,14 +60,23 @@ def select(
     return report
 
 
-def difference_sampling(large_nll: np.ndarray, small_nll: np.ndarray, keep: float) -> np.ndarray:
-    """Documents to keep, bool [documents], from mean NLLs in nats [documents]."""
-    score = small_nll - large_nll
-    best = np.argsort(-score, kind="stable")[: int(keep * len(score))]
-    kept = np.zeros(len(score), dtype=bool)
-    kept[best] = True
-    if not kept.any():
-        raise UserError(f"--keep {keep} of {len(score)} documents keeps none: raise it")
+def difference_sampling(
+    large_nll: np.ndarray, small_nll: np.ndarray, keep: float, *, lengths: np.ndarray | None = None
+) -> np.ndarray:
+    """Documents to keep, bool [documents], from mean NLLs in nats [documents].
+
+    lengths: tokens of each document [documents]; with them `keep` is a share of the tokens, else of the documents.
+    """
+    best = np.argsort(large_nll - small_nll, kind="stable")
+    if lengths is None:
+        count = int(keep * len(best))
+    else:
+        ends = np.cumsum(lengths[best], dtype=np.int64)
+        count = int(np.searchsorted(ends, keep * ends[-1], side="right"))
+    if not count:
+        raise UserError(f"--keep {keep} of {len(best)} documents keeps none: raise it")
+    kept = np.zeros(len(best), dtype=bool)
+    kept[best[:count]] = True
     return kept
 
 

@@ -13,7 +13,7 @@ OPTIONAL = {
     "transformer-engine": ("transformer_engine.pytorch", "model.implementation = 'transformer_engine'"),
     "apex": ("apex.optimizers", "fused optimizer and gradient norms inside Megatron"),
     "triton": ("triton", "compute.loss_implementation = 'triton'"),
-    "nvidia-dali": ("nvidia.dali", "the DALI loader"),
+    "nvidia-dali-cuda120": ("nvidia.dali", "the DALI loader"),
     "wandb": ("wandb", "logging.wandb"),
     "tensorboard": ("torch.utils.tensorboard", "logging.tensorboard"),
 }
@@ -34,7 +34,7 @@ def report() -> str:
     able, reason = compat.describe_fp8(device)
     lines.append(f"fp8 reference  {'usable' if able else 'not usable'} ({reason})")
     for distribution, (module, purpose) in OPTIONAL.items():
-        lines.append(f"{distribution:19s}{_state(distribution, module):28s}{purpose}")
+        lines.append(f"{distribution:20s}{_state(distribution, module):28s}{purpose}")
     return "\n".join(lines)
 
 

@@ -9,18 +9,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from data_prep import backends, worker
 from data_prep.backends import HOSTILE_TEXTS, Gigatoken, HuggingFace, TokenizerFile, choose_backend, first_difference
 from data_prep.cuts import pieces, safe_to_cut
 from data_prep.tokenize import TokenizeSettings, tokenize
+from remit_megatron.data.indexed import open_index
 from remit_megatron.errors import RunError
 from tests.data_prep.tokenizers import KINDS, TEXTS
 
 ROOT = Path(__file__).parents[2]
 BLOCK = "def f(x):\n    return 'caf\u00e9 \U0001f600' + str(x) * 12"
-"""With a newline or two after it, every split begins anew at the next block."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,33 +156,85 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("ascii_only", "ending"), [(False, "\n"), (True, "\n\n")])
-def test_50_mb_document(ascii_only: bool, ending: str, tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
-    """Ids of 50 MB are the block's over and over, as four blocks by the Hugging Face tokenizer show; memory stays low.
+def repeated_ids(file: TokenizerFile, block: str, repeats: int) -> np.ndarray:
+    """Ids of a block over and over, which the Hugging Face tokenizer shows on one to five of them.
 
-    The Hugging Face tokenizer itself needs 6 GB and minutes for such a document.
+    It needs gigabytes and minutes for 50 MB itself.
     """
-    file = TokenizerFile.load(tokenizer_dirs["olmo2"])
-    text = BLOCK + ending
-    assert len(list(pieces(text.encode() * 9, 20))) == (9 if ending == "\n" else 1)
-    block, _ = HuggingFace(file).encode([text])
-    four, _ = HuggingFace(file).encode([text * 4])
-    assert np.array_equal(four, np.tile(block, 4))
-    repeats = 50_000_000 // len(text.encode())
+    ids = [HuggingFace(file).encode([block * count])[0] for count in (1, 2, 5)]
+    first, more = ids[0], ids[1][len(ids[0]) :]
+    assert np.array_equal(ids[1][: len(first)], first)
+    assert np.array_equal(ids[2], np.concatenate([first, np.tile(more, 4)]))
+    return np.concatenate([first, np.tile(more, repeats - 1)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "ascii_only", "end"),
+    [
+        ("olmo2", False, "\n"),
+        pytest.param("olmo2", True, "\n\n", marks=pytest.mark.slow),
+        pytest.param("olmo2", False, "\u3002", marks=pytest.mark.slow),
+        pytest.param("gpt2", False, "\r\n", marks=pytest.mark.slow),
+        pytest.param("smollm3", True, " ", marks=pytest.mark.slow),
+        pytest.param("sentencepiece", False, "\n", marks=pytest.mark.slow),
+        pytest.param("youtu", False, "\n", marks=pytest.mark.slow),
+    ],
+)
+def test_50_mb_document(kind: str, ascii_only: bool, end: str, tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """Every id is the tokenizer's, and memory stays low, whether gigatoken works or `tokenizers`."""
+    file, block = TokenizerFile.load(tokenizer_dirs[kind]), BLOCK + end
+    repeats = 50_000_000 // len(block.encode())
     with open(tmp_path / "in.jsonl", "w", encoding="utf-8") as out:
-        for body in ("small", text * repeats, "last"):
+        for body in ("small", block * repeats, "last"):
             out.write(json.dumps({"text": body}, ensure_ascii=ascii_only) + "\n")
-    arguments = [str(tmp_path / "in.jsonl"), str(tokenizer_dirs["olmo2"]), str(tmp_path / "data")]
+    arguments = [str(tmp_path / "in.jsonl"), str(tokenizer_dirs[kind]), str(tmp_path / "data")]
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    from remit_megatron.data.indexed import open_index
-
     data = open_index(tmp_path / "data")
     assert data.num_documents == 3
-    assert np.array_equal(data.document(1)[:-1], np.tile(block, repeats))
+    assert np.array_equal(data.document(1)[:-1], repeated_ids(file, block, repeats))
     peak_mib = int(done.stdout.splitlines()[-1]) / 1024
     assert peak_mib < 400, f"{peak_mib:.0f} MiB at peak"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["json array", "parquet", "zst"])
+def test_memory_of_large_inputs(kind: str, tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """A row group of 600 MB, an array of 64 MiB, a compressed GB: none of it is in memory at once."""
+    texts = [f"{number} " + BLOCK * 200 for number in range(4200)]  # 60 MB
+    path = tmp_path / {"json array": "in.json", "parquet": "in.parquet", "zst": "in.jsonl.zst"}[kind]
+    if kind == "json array":
+        path.write_text(json.dumps([{"text": text} for text in texts], ensure_ascii=False), encoding="utf-8")
+    elif kind == "parquet":
+        table = pyarrow.table({"text": texts * 10})
+        pyarrow.parquet.write_table(table, path, row_group_size=len(table), use_dictionary=False)
+        del table
+    else:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        with open(path, "wb") as out, zstandard.ZstdCompressor().stream_writer(out) as stream:
+            for _ in range(15):
+                stream.write(lines)
+    arguments = [str(path), str(tokenizer_dirs["olmo2"]), str(tmp_path / "data")]
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak_mib = int(done.stdout.splitlines()[-1]) / 1024
+    assert peak_mib < 400, f"{peak_mib:.0f} MiB at peak"
+
+
+def test_whole_documents_have_a_lower_limit(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """`tokenizers` needs 100 bytes for each byte of a document that it may not cut."""
+    content = json.loads((tokenizer_dirs["sentencepiece"] / "tokenizer.json").read_text())
+    content["model"]["byte_fallback"] = False  # gigatoken cannot load that
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "word " * 500_000}) + '\n{"text": "short"}\n')
+    settings = TokenizeSettings(
+        inputs=[str(tmp_path / "in.jsonl")], tokenizer=str(tmp_path), output=str(tmp_path / "data"), workers=1
+    )
+    manifest = tokenize(settings)
+    assert (manifest.num_documents, manifest.provenance["bad"]) == (1, 1)
+    assert "longer than 2,097,152 bytes" in (tmp_path / "data.bad.jsonl").read_text()
+    whole = tokenize(dataclasses.replace(settings, max_document_mib=3, overwrite=True))
+    assert (whole.num_documents, whole.provenance["bad"]) == (2, 0)
 
 
 @pytest.mark.slow

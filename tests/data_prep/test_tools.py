@@ -208,6 +208,43 @@ def test_select(tmp_path: Path) -> None:
     assert (manifest.eod_id, manifest.tokenizer_hash) == (0, "aa")
 
 
+@settings(deadline=None)
+@given(
+    scores=st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    lengths=st.lists(st.integers(1, 30), min_size=40, max_size=40),
+    keep=st.sampled_from([0.25, 0.5, 0.8, 1.0]),
+)
+def test_share_of_the_tokens(scores: list[int], lengths: list[int], keep: float) -> None:
+    """The best documents, one after the other, for as long as they hold no more than that share of the tokens."""
+    sizes = lengths[: len(scores)]
+    order = sorted(range(len(scores)), key=lambda n: (-scores[n], n))
+    kept, total = [], 0
+    for document in order:
+        total += sizes[document]
+        if total > keep * sum(sizes):
+            break
+        kept.append(document)
+    arguments = np.zeros(len(scores)), np.array(scores, dtype=float), keep
+    if not kept:
+        with pytest.raises(UserError, match="keeps none"):
+            difference_sampling(*arguments, lengths=np.array(sizes))
+        return
+    assert np.flatnonzero(difference_sampling(*arguments, lengths=np.array(sizes))).tolist() == sorted(kept)
+
+
+def test_select_by_tokens(tmp_path: Path) -> None:
+    prefix = make(tmp_path / "a", 0)
+    data, score = open_index(prefix), np.random.default_rng(1).random(50)
+    large, small = save_scores(tmp_path / "l.npy", np.zeros(50)), save_scores(tmp_path / "s.npy", score)
+    report = select(prefix, large=large, small=small, keep=0.6, by="tokens", output=str(tmp_path / "t"))
+    assert report["keep_of"] == "tokens"
+    kept = np.flatnonzero(score >= report["threshold"])
+    assert report["kept"] == report["kept"] | {"documents": len(kept), "tokens": int(data.lengths[kept].sum())}
+    assert 0.5 < report["kept"]["tokens"] / data.num_tokens <= 0.6
+    chosen = open_index(tmp_path / "t")
+    assert np.array_equal(chosen.tokens, np.concatenate([data.document(n) for n in kept]))
+
+
 def test_select_refusals(tmp_path: Path) -> None:
     prefix = make(tmp_path / "a", 0)
     good = save_scores(tmp_path / "good.npy", np.ones(50))
@@ -234,30 +271,30 @@ def test_select_refusals(tmp_path: Path) -> None:
 def test_datatrove_output_loads(
     tmp_path: Path, tokenizer_dirs: dict[str, Path], write_jsonl: Callable[..., Path]
 ) -> None:
-    """datatrove's MegatronDocumentTokenizer writes what is adopted here and equals our own bytes."""
+    """A pipeline of datatrove's, as its users run it: what it writes is adopted here, and is our own bytes."""
     pytest.importorskip("datatrove", reason="datatrove is not installed")
-    pytest.importorskip("humanize", reason="an optional dependency of datatrove is not installed")
-    from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
-    from tokenizers import Tokenizer
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import MegatronDocumentTokenizer
 
-    texts = ["first document", "second\n\none", "caf\u00e9 " * 40]
+    texts = ["first document", "second\n\none", "caf\u00e9 \U0001f600 " * 40, "a<|endoftext|>b"]
+    (tmp_path / "in").mkdir()
+    path = write_jsonl(tmp_path / "in" / "a.jsonl", texts)
     file = tokenizer_dirs["olmo2"] / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file))
-    out = MegatronTokenizedFile(str(tmp_path), "theirs", token_size=2)
-    for text in texts:
-        out.write([*tokenizer.encode(text).ids, 0])
-    out.close()
-    path = write_jsonl(tmp_path / "in.jsonl", texts)
-    tokenize(
-        TokenizeSettings(
-            inputs=[str(path)], tokenizer=str(file.parent), output=str(tmp_path / "ours"), workers=1, append_eod=True
-        )
-    )
-    assert our_files(tmp_path / "theirs") == our_files(tmp_path / "ours")
-    assert "no manifest" in quick_verify(str(tmp_path / "theirs")).warnings[0]
-    command = ["data", "verify", str(tmp_path / "theirs"), "--adopt", "--eod-id", "0", "--tokenizer", str(file)]
-    assert main(command) == 0
-    info, own = quick_verify(str(tmp_path / "theirs")), quick_verify(str(tmp_path / "ours"))
+    steps = [
+        JsonlReader(str(path.parent), text_key="text"),
+        MegatronDocumentTokenizer(
+            str(tmp_path / "theirs"), tokenizer_name_or_path=str(file), eos_token="<|endoftext|>"
+        ),
+    ]
+    LocalPipelineExecutor(pipeline=steps, tasks=1, logging_dir=str(tmp_path / "logs")).run()
+    (theirs,) = (str(path.with_suffix("")) for path in (tmp_path / "theirs").glob("*.bin"))
+    ours = str(tmp_path / "ours")
+    tokenize(TokenizeSettings(inputs=[str(path)], tokenizer=str(file.parent), output=ours, workers=1, append_eod=True))
+    assert our_files(Path(theirs)) == our_files(Path(ours))
+    assert "no manifest" in quick_verify(theirs).warnings[0]
+    assert main(["data", "verify", theirs, "--adopt", "--eod-id", "0", "--tokenizer", str(file)]) == 0
+    info, own = quick_verify(theirs), quick_verify(ours)
     assert (info.fingerprint, info.tokenizer_hash, info.eod_id) == (own.fingerprint, own.tokenizer_hash, own.eod_id)
 
 
