@@ -1,17 +1,21 @@
 """Tensor and context parallelism on gloo: one spawn carries every case, and the parent compares with float64."""
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from remit_megatron.ops import reference
 from remit_megatron.ops.linear_nll import linear_nll
 from remit_megatron.ops.token_nll import token_nll
 from remit_megatron.ops.weights import remit_weights
-from tests.ops.cases import Case, check_gradient, check_nll, gradient_of, make_case
+from tests.ops.cases import DTYPES, LAYOUTS, Case, check_gradient, check_nll, make_case
 from tests.ops.groups import SIZES, WORLD, CollectiveCounter, make_groups
 from tests.ranks import run_ranks
 
@@ -25,22 +29,68 @@ TP_CASES: dict[str, dict[str, Any]] = {
     "float16": {"s": 9, "b": 2, "vocab": 32, "valid_vocab": 30, "dtype": torch.float16},
 }
 CHUNKS = (3, 64)
+EXPANDED = "one row behind every token"
+DRAWN = 40
 
 
-def tp_on_rank(case: Case, group: dist.ProcessGroup) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Drawn:
+    """A case that hypothesis drew, and how its logits lie in memory."""
+
+    shape: dict[str, Any]
+    layout: str
+    at_the_ends: bool
+    """Every logit is 1e4 or -1e4."""
+
+    def case(self) -> Case:
+        case = make_case(**self.shape)
+        if self.at_the_ends:
+            case.logits[..., : case.valid_vocab] = case.logits[..., : case.valid_vocab].sign() * 1e4
+        if self.layout == EXPANDED:
+            case = dataclasses.replace(case, logits=case.logits[:1, :1].expand_as(case.logits))
+        return case
+
+
+def draw_cases() -> list[Drawn]:
+    """Shards of 1 to 20 columns on 4 ranks with labels at their edges, and any number of valid columns, from 1 on."""
+    found = []
+
+    @given(data=st.data())
+    @settings(max_examples=DRAWN, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    def draw(data: st.DataObject) -> None:
+        width = data.draw(st.integers(1, 20))
+        valid = data.draw(st.one_of(st.integers(1, 4 * width), st.sampled_from([1, width, 2 * width, 4 * width])))
+        shape = {
+            "seed": data.draw(st.integers(0, 2**31)),
+            "s": data.draw(st.integers(1, 9)),
+            "b": data.draw(st.integers(1, 4)),
+            "vocab": 4 * width,
+            "valid_vocab": valid,
+            "edge": width,
+            "scale": data.draw(st.sampled_from([0.0, 1.0, 60.0, 3e3])),
+            "dtype": data.draw(st.sampled_from(DTYPES)),
+        }
+        layout = [EXPANDED, *LAYOUTS][len(found) % (1 + len(LAYOUTS))]
+        found.append(Drawn(shape, layout, data.draw(st.booleans())))
+
+    draw()
+    return found
+
+
+def tp_on_rank(case: Case, layout: str, group: dist.ProcessGroup) -> dict[str, Any]:
     size, tp_rank = dist.get_world_size(group), dist.get_rank(group)
     local = case.logits.shape[-1] // size
     leaf = case.logits[..., tp_rank * local : (tp_rank + 1) * local].clone().requires_grad_()
-    logits = leaf * 1
+    logits = (leaf[:1, :1] * 1).expand_as(leaf) if layout == EXPANDED else LAYOUTS[layout](leaf * 1)
     before = logits.detach().clone()
     with CollectiveCounter() as forward:
         nll = token_nll(logits, case.labels, valid_vocab=case.valid_vocab, tp_group=group)
     unchanged = torch.equal(logits.detach(), before)
     with CollectiveCounter() as backward:
-        nll.backward(case.upstream)
+        (gradient,) = torch.autograd.grad(nll, logits, case.upstream)
     return {
         "nll": nll.detach(),
-        "gradient": gradient_of(leaf),
+        "gradient": gradient.contiguous(),
         "unchanged": unchanged,
         "collectives": (forward.counts.total(), backward.counts.total()),
     }
@@ -56,12 +106,12 @@ def make_head() -> tuple[Tensor, Tensor, Tensor]:
 def head_on_rank(group: dist.ProcessGroup) -> dict[str, Any]:
     hidden, weight, labels = make_head()
     shard = weight.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-    settings: dict[str, Any] = {"valid_vocab": 29, "tp_group": group}
-    found: dict[str, Any] = {"whole": token_nll(hidden @ shard.t(), labels, **settings)}
+    sharding: dict[str, Any] = {"valid_vocab": 29, "tp_group": group}
+    found: dict[str, Any] = {"whole": token_nll(hidden @ shard.t(), labels, **sharding)}
     for chunk_tokens in CHUNKS:
         with CollectiveCounter() as counter:
             found[f"chunks of {chunk_tokens}"] = linear_nll(
-                hidden, shard, labels, chunk_tokens=chunk_tokens, **settings
+                hidden, shard, labels, chunk_tokens=chunk_tokens, **sharding
             )
         found[f"collectives of {chunk_tokens}"] = counter.counts.total()
     return found
@@ -96,11 +146,12 @@ def cp_on_rank(group: dist.ProcessGroup) -> dict[str, Any]:
     return found
 
 
-def on_rank(rank: int) -> dict[int, dict[str, Any]]:
+def on_rank(rank: int, drawn: list[Drawn]) -> dict[int, dict[str, Any]]:
     groups = make_groups(rank)
     return {
         size: {
-            "tp": {name: tp_on_rank(make_case(1, **shape), group) for name, shape in TP_CASES.items()},
+            "tp": {name: tp_on_rank(make_case(1, **shape), "contiguous", group) for name, shape in TP_CASES.items()},
+            "drawn": [tp_on_rank(one.case(), one.layout, group) for one in drawn],
             "head": head_on_rank(group),
             "cp": cp_on_rank(group),
         }
@@ -109,16 +160,31 @@ def on_rank(rank: int) -> dict[int, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def results() -> list[dict[int, dict[str, Any]]]:
-    return run_ranks(WORLD, on_rank)
+def drawn() -> list[Drawn]:
+    return draw_cases()
+
+
+@pytest.fixture(scope="module")
+def results(drawn: list[Drawn]) -> list[dict[int, dict[str, Any]]]:
+    return run_ranks(WORLD, on_rank, drawn)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", TP_CASES)
 def test_sharded_nll_matches_specification(results: list[Any], size: int, name: str) -> None:
-    case = make_case(1, **TP_CASES[name])
+    check_ranks(make_case(1, **TP_CASES[name]), size, [one[size]["tp"][name] for one in results])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sharded_nll_of_drawn_cases(results: list[Any], drawn: list[Drawn], size: int) -> None:
+    assert sum(one.shape["valid_vocab"] <= 3 * one.shape["edge"] for one in drawn) > 3, "shards without a valid column"
+    for number, one in enumerate(drawn):
+        check_ranks(one.case(), size, [result[size]["drawn"][number] for result in results], str(one))
+
+
+def check_ranks(case: Case, size: int, ranks: list[dict[str, Any]], what: str = "") -> None:
     want_nll, want_gradient = case.spec()
-    ranks = [one[size]["tp"][name] for one in results]
+    print(what)  # shown where an assertion fails
     for one in ranks:
         assert one["unchanged"]
         assert torch.equal(one["nll"], ranks[0]["nll"])  # the same bits everywhere

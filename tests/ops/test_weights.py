@@ -24,6 +24,8 @@ def test_matches_specification(data: st.DataObject) -> None:
     mask = (torch.rand(b, s, generator=generator) < data.draw(st.sampled_from([0.0, 0.1, 0.7, 1.0]), "kept")).float()
     # Ids in any order and with gaps: an id names a document, wherever its tokens are.
     segment_ids = torch.randint(0, s, (b, s), generator=generator) // data.draw(st.integers(1, 6), "documents")
+    if data.draw(st.booleans(), "expanded"):  # one number behind all of a sample's positions
+        ref_nll, mask = ref_nll[:, :1].expand(b, s), mask[:1].expand(b, s)
     centering: Any = data.draw(st.sampled_from(["sample", "document"]), "centering")
     epsilon = data.draw(st.sampled_from([0.0, 0.2, 0.5, 1.0]), "epsilon")
     clip = data.draw(st.booleans(), "clip")
@@ -32,10 +34,10 @@ def test_matches_specification(data: st.DataObject) -> None:
     )
 
     garbage = data.draw(st.sampled_from([0.0, torch.inf, -torch.inf, torch.nan]), "masked entries")
-    nll, ref_nll = nll.where(mask > 0, garbage), ref_nll.where(mask > 0, 0.0)
+    nll = nll.where(mask > 0, garbage)
     if data.draw(st.booleans(), "strided"):
         nll, mask = nll.t().contiguous().t(), mask.repeat_interleave(2, dim=1)[:, ::2]
-    before = nll.clone()
+    before = [x.clone() for x in (nll, ref_nll, mask)]
     weights = remit_weights(
         nll,
         ref_nll,
@@ -47,7 +49,8 @@ def test_matches_specification(data: st.DataObject) -> None:
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.double(), want, rtol=0, atol=ROUNDING)
     assert not weights[mask == 0].any()
-    torch.testing.assert_close(nll, before, rtol=0, atol=0, equal_nan=True)
+    for x, same in zip((nll, ref_nll, mask), before, strict=True):
+        torch.testing.assert_close(x, same, rtol=0, atol=0, equal_nan=True)
 
 
 def test_equal_nll_gives_exactly_one() -> None:
