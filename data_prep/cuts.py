@@ -15,6 +15,8 @@ import numpy as np
 from data_prep.backends import HOSTILE_TEXTS, Backend, TokenizerFile, added_token_texts
 
 PIECE_BYTES = 1 << 20
+HF_PIECE_BYTES = 1 << 18
+"""`tokenizers` needs some 300 bytes for each byte of a text while it splits it twice."""
 BOUNDARY = re.compile(rb"[!-~](?:\n(?=[A-Za-z])|(?= [A-Za-z]))")
 NORMALIZERS = (None, "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "BertNormalizer")
 """Those that change no ASCII letter or newline for what stands beside it."""
@@ -27,7 +29,7 @@ BETWEEN = (("\n", ""), ("", " "), ("\n", ""), ("", " "))
 RIGHT = ("a", "Z", "s ", "ll ", "The quick", "def f(x):")
 
 
-def pieces(text: bytes, size: int = PIECE_BYTES) -> Iterator[bytes]:
+def pieces(text: bytes, size: int) -> Iterator[bytes]:
     """Consecutive pieces of at least `size` bytes, but for the last; where a text has no place to cut, it is one."""
     start = 0
     while len(text) - start > 2 * size:

@@ -20,7 +20,7 @@ from data_prep.backends import (
     limit_threads,
     open_backend,
 )
-from data_prep.cuts import pieces, safe_to_cut
+from data_prep.cuts import HF_PIECE_BYTES, PIECE_BYTES, pieces, safe_to_cut
 from data_prep.inputs import Task
 from data_prep.parts import PartWriter, parts_of
 from data_prep.readers import Batch, read_task
@@ -87,7 +87,8 @@ class Encoder:
         """Write one document's ids piece by piece with `write(ids, largest id)`. Returns its length, 0 for no ids."""
         self._check([text])
         length = 0
-        for piece in pieces(text) if self.cuts else (text,):
+        size = HF_PIECE_BYTES if self.backend.name == HuggingFace.name else PIECE_BYTES
+        for piece in pieces(text, size) if self.cuts else (text,):
             ids, _ = self.backend.encode([piece])
             largest = check_ids(ids, self.job.vocab_size, str(self.job.tokenizer.path))
             for start in range(0, len(ids), WRITE_IDS):

@@ -157,15 +157,20 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 
 def repeated_ids(file: TokenizerFile, block: str, repeats: int) -> np.ndarray:
-    """Ids of a block over and over, which the Hugging Face tokenizer shows on one to five of them.
+    """Ids of a block over and over, from what one more of them adds, which is seen to add the same again.
 
-    It needs gigabytes and minutes for 50 MB itself.
+    The Hugging Face tokenizer itself needs gigabytes and minutes for 50 MB.
     """
-    ids = [HuggingFace(file).encode([block * count])[0] for count in (1, 2, 5)]
-    first, more = ids[0], ids[1][len(ids[0]) :]
-    assert np.array_equal(ids[1][: len(first)], first)
-    assert np.array_equal(ids[2], np.concatenate([first, np.tile(more, 4)]))
-    return np.concatenate([first, np.tile(more, repeats - 1)])
+    two, three, seven = (HuggingFace(file).encode([block * count])[0] for count in (2, 3, 7))
+    same = int(np.argmin(np.append(two == three[: len(two)], False)))
+    more = three[same : same + len(three) - len(two)]
+
+    def ids(count: int) -> np.ndarray:
+        return np.concatenate([two[:same], np.tile(more, count - 2), two[same:]])
+
+    assert np.array_equal(ids(3), three)
+    assert np.array_equal(ids(7), seven)
+    return ids(repeats)
 
 
 @pytest.mark.parametrize(
