@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from remit_megatron.ops import reference
@@ -97,3 +98,22 @@ def check_gradient(gradient: Tensor, want: Tensor, case: Case, rounding: float =
     unused = (case.labels == reference.IGNORED_LABEL) | (case.upstream == 0)
     assert not gradient[unused].any()
     assert not gradient[..., case.valid_vocab :].any()
+
+
+def check_no_worse_than_torch(nll: Tensor, gradient: Tensor, case: Case) -> None:
+    """Largest and mean error against float64, of NLL and gradient, are at most those of F.cross_entropy in the logits'
+    dtype, plus an epsilon: 4 float32 roundings at the logits' magnitude, for the gradient times the upstream one."""
+    logits = case.logits[..., : case.valid_vocab].clone().requires_grad_()
+    labels, (want_nll, want_gradient) = case.labels.flatten(), case.spec()
+    theirs = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none").view_as(case.labels)
+    theirs.backward(case.upstream.to(theirs.dtype))
+    epsilon = 4 * EPS_FLOAT32 * (10.0 + logits.detach().abs().max().item())
+    largest_upstream = case.upstream.abs().max().item()
+    for ours, other, want, allowed in (
+        (nll, theirs.detach(), want_nll, epsilon),
+        (gradient[..., : case.valid_vocab], gradient_of(logits), want_gradient[..., : case.valid_vocab],
+         epsilon * largest_upstream),
+    ):  # fmt: skip
+        error, torchs = ((x.double() - want).abs() for x in (ours, other))
+        assert error.max() <= torchs.max() + allowed
+        assert error.mean() <= torchs.mean() + allowed

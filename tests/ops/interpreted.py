@@ -10,8 +10,18 @@ import torch.distributed as dist
 
 from remit_megatron.ops import token_nll_triton
 from remit_megatron.ops.linear_nll import linear_nll
+from remit_megatron.ops.shard import Shard, combine_stats, gradient_coefficient
 from remit_megatron.ops.token_nll import token_nll
-from tests.ops.cases import DTYPES, LAYOUTS, Case, check_gradient, check_nll, gradient_of, make_case
+from tests.ops.cases import (
+    DTYPES,
+    LAYOUTS,
+    Case,
+    check_gradient,
+    check_nll,
+    check_no_worse_than_torch,
+    gradient_of,
+    make_case,
+)
 from tests.ops.groups import SIZES, WORLD, CollectiveCounter, make_groups
 from tests.ranks import run_ranks
 
@@ -30,6 +40,15 @@ def run(case: Case, logits: torch.Tensor, **options: Any) -> torch.Tensor:
     check_nll(nll.detach(), case.spec()[0], case)
     nll.backward(case.upstream)
     return nll.detach()
+
+
+def gradient_rounded_to_nearest(logits: torch.Tensor, case: Case, tp_group: Any = None) -> torch.Tensor:
+    """The kernels' gradient, written in float32 and rounded by torch, as a GPU rounds."""
+    shard = Shard.of(logits.shape[-1], case.valid_vocab, tp_group)
+    lse, _ = combine_stats(token_nll_triton.local_stats(logits, case.labels, shard), case.labels, shard)
+    coefficient, out = gradient_coefficient(case.upstream, case.labels, shard), torch.empty(logits.shape)
+    token_nll_triton.write_gradient(logits, case.labels, lse, coefficient, shard, out)
+    return out.to(logits.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,6 +90,33 @@ def test_large_logits(scale: float, dtype: torch.dtype) -> None:
     base = case.logits.clone().requires_grad_()
     run(case, base * 1)
     check_gradient(gradient_of(base), case.spec()[1], case, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("scale", [3.0, 60.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_worse_than_torch(dtype: torch.dtype, scale: float) -> None:
+    case = make_case(9, s=20, b=3, vocab=90, valid_vocab=83, scale=scale, dtype=dtype)
+    nll = run(case, case.logits.clone().requires_grad_() * 1)
+    check_no_worse_than_torch(nll, gradient_rounded_to_nearest(case.logits, case), case)
+
+
+@pytest.mark.parametrize(
+    "strides", [(2**30 + 64, 64, 1), (64, 2**31 - 64, 1), (128, 64, 2**27)], ids=["outer", "inner", "columns"]
+)
+def test_offsets_past_31_bits(strides: tuple[int, int, int]) -> None:
+    """Rows and columns that lie further apart than 2^31 elements, in memory that is reserved and never touched."""
+    case = make_case(10, s=3, b=2, vocab=20, valid_vocab=19, dtype=torch.bfloat16)
+    extent = sum((size - 1) * stride for size, stride in zip((3, 2, 20), strides, strict=True)) + 1
+    assert extent > 2**31
+    logits = torch.empty(extent, dtype=torch.bfloat16).as_strided((3, 2, 20), strides)
+    logits.copy_(case.logits)
+    shard = Shard.of(20, case.valid_vocab, None)
+    stats = token_nll_triton.local_stats(logits, case.labels, shard)
+    lse, nll = combine_stats(stats, case.labels, shard)
+    check_nll(nll, case.spec()[0], case)
+    coefficient = gradient_coefficient(case.upstream, case.labels, shard)
+    token_nll_triton.write_gradient(logits, case.labels, lse, coefficient, shard, logits)
+    check_gradient(logits, case.spec()[1], case, ROUNDING[torch.bfloat16])
 
 
 def test_four_dimensions_that_no_two_strides_describe() -> None:
@@ -139,6 +185,7 @@ TP_CASES: dict[str, dict[str, Any]] = {
     "labels on the edges": {"s": 9, "b": 2, "vocab": 32, "valid_vocab": 27, "edge": 8},
     "shards without a valid column": {"s": 5, "b": 2, "vocab": 32, "valid_vocab": 13, "edge": 8},
     "bfloat16": {"s": 5, "b": 2, "vocab": 32, "valid_vocab": 30, "scale": 60.0, "dtype": torch.bfloat16},
+    "float16": {"s": 5, "b": 2, "vocab": 32, "valid_vocab": 29, "dtype": torch.float16, "edge": 8},
 }
 
 
@@ -150,7 +197,12 @@ def on_rank(rank: int) -> dict[tuple[int, str], Any]:
             leaf = case.logits.chunk(size, dim=-1)[dist.get_rank(group)].clone().requires_grad_()
             with CollectiveCounter() as counter:
                 nll = run(case, leaf * 1, tp_group=group)
-            found[size, name] = (nll, gradient_of(leaf), counter.counts.total())
+            gradient, leaf.grad = gradient_of(leaf), None
+            again = run(case, leaf * 1, tp_group=group)
+            assert torch.equal(again, nll), "the same bits from run to run"
+            assert torch.equal(gradient_of(leaf), gradient)
+            rounded = gradient_rounded_to_nearest(leaf.detach(), case, group)
+            found[size, name] = (nll, gradient, rounded, counter.counts.total())
     return found
 
 
@@ -160,7 +212,8 @@ def test_tensor_parallel() -> None:
         for name, shape in TP_CASES.items():
             case = make_case(8, **shape)
             ranks = [one[size, name] for one in results]
-            assert all(torch.equal(nll, ranks[0][0]) for nll, _, _ in ranks)
-            assert all(count == (1 if size > 1 else 0) for _, _, count in ranks)
-            gradient = torch.cat([gradient for _, gradient, _ in ranks[:size]], dim=-1)
+            assert all(torch.equal(one[0], ranks[0][0]) for one in ranks)
+            assert all(one[3] == (1 if size > 1 else 0) for one in ranks)
+            gradient, rounded = (torch.cat([one[i] for one in ranks[:size]], dim=-1) for i in (1, 2))
             check_gradient(gradient, case.spec()[1], case, ROUNDING[case.logits.dtype])
+            check_no_worse_than_torch(ranks[0][0], rounded, case)

@@ -15,7 +15,15 @@ from remit_megatron.ops import reference
 from remit_megatron.ops.linear_nll import linear_nll
 from remit_megatron.ops.token_nll import token_nll
 from remit_megatron.ops.weights import remit_weights
-from tests.ops.cases import DTYPES, LAYOUTS, Case, check_gradient, check_nll, make_case
+from tests.ops.cases import (
+    DTYPES,
+    LAYOUTS,
+    Case,
+    check_gradient,
+    check_nll,
+    check_no_worse_than_torch,
+    make_case,
+)
 from tests.ops.groups import SIZES, WORLD, CollectiveCounter, make_groups
 from tests.ranks import run_ranks
 
@@ -26,6 +34,7 @@ TP_CASES: dict[str, dict[str, Any]] = {
     "valid columns end on an edge": {"s": 5, "b": 2, "vocab": 32, "valid_vocab": 16, "edge": 8},
     "exp would overflow": {"s": 6, "b": 2, "vocab": 64, "valid_vocab": 61, "scale": 60.0},
     "bfloat16": {"s": 9, "b": 2, "vocab": 32, "valid_vocab": 30, "dtype": torch.bfloat16},
+    "bfloat16, exp would overflow": {"s": 9, "b": 2, "vocab": 32, "scale": 60.0, "dtype": torch.bfloat16},
     "float16": {"s": 9, "b": 2, "vocab": 32, "valid_vocab": 30, "dtype": torch.float16},
 }
 CHUNKS = (3, 64)
@@ -77,20 +86,28 @@ def draw_cases() -> list[Drawn]:
     return found
 
 
+def arranged(leaf: Tensor, layout: str) -> Tensor:
+    """The leaf's values as an output of an operation with the layout's strides."""
+    return (leaf[:1, :1] * 1).expand_as(leaf) if layout == EXPANDED else LAYOUTS[layout](leaf * 1)
+
+
 def tp_on_rank(case: Case, layout: str, group: dist.ProcessGroup) -> dict[str, Any]:
     size, tp_rank = dist.get_world_size(group), dist.get_rank(group)
     local = case.logits.shape[-1] // size
     leaf = case.logits[..., tp_rank * local : (tp_rank + 1) * local].clone().requires_grad_()
-    logits = (leaf[:1, :1] * 1).expand_as(leaf) if layout == EXPANDED else LAYOUTS[layout](leaf * 1)
+    logits, again = (arranged(leaf, layout) for _ in range(2))
     before = logits.detach().clone()
     with CollectiveCounter() as forward:
         nll = token_nll(logits, case.labels, valid_vocab=case.valid_vocab, tp_group=group)
     unchanged = torch.equal(logits.detach(), before)
     with CollectiveCounter() as backward:
         (gradient,) = torch.autograd.grad(nll, logits, case.upstream)
+    nll_again = token_nll(again, case.labels, valid_vocab=case.valid_vocab, tp_group=group)
+    (gradient_again,) = torch.autograd.grad(nll_again, again, case.upstream)
     return {
         "nll": nll.detach(),
         "gradient": gradient.contiguous(),
+        "repeats": torch.equal(nll_again, nll) and torch.equal(gradient_again, gradient),
         "unchanged": unchanged,
         "collectives": (forward.counts.total(), backward.counts.total()),
     }
@@ -187,10 +204,13 @@ def check_ranks(case: Case, size: int, ranks: list[dict[str, Any]], what: str = 
     print(what)  # shown where an assertion fails
     for one in ranks:
         assert one["unchanged"]
+        assert one["repeats"]  # the same bits from run to run
         assert torch.equal(one["nll"], ranks[0]["nll"])  # the same bits everywhere
         assert one["collectives"] == (1 if size > 1 else 0, 0)
     check_nll(ranks[0]["nll"], want_nll, case)
-    check_gradient(torch.cat([one["gradient"] for one in ranks[:size]], dim=-1), want_gradient, case)
+    gradient = torch.cat([one["gradient"] for one in ranks[:size]], dim=-1)
+    check_gradient(gradient, want_gradient, case)
+    check_no_worse_than_torch(ranks[0]["nll"], gradient, case)
 
 
 @pytest.mark.parametrize("size", SIZES)

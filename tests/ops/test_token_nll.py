@@ -7,8 +7,18 @@ from hypothesis import strategies as st
 
 from remit_megatron.errors import UserError
 from remit_megatron.ops import reference, token_nll
+from remit_megatron.ops.linear_nll import linear_nll
 from remit_megatron.ops.shard import Shard
-from tests.ops.cases import DTYPES, LAYOUTS, check_gradient, check_nll, gradient_of, make_case
+from remit_megatron.ops.weights import remit_weights
+from tests.ops.cases import (
+    DTYPES,
+    LAYOUTS,
+    check_gradient,
+    check_nll,
+    check_no_worse_than_torch,
+    gradient_of,
+    make_case,
+)
 
 
 @given(data=st.data())
@@ -51,6 +61,29 @@ def test_logits_at_both_ends(dtype: torch.dtype) -> None:
     nll.backward(case.upstream)
     check_nll(nll.detach(), want_nll, case)
     check_gradient(gradient_of(logits), want_gradient, case)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 60.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_worse_than_torch(dtype: torch.dtype, scale: float) -> None:
+    case = make_case(8, s=40, b=3, vocab=90, valid_vocab=83, scale=scale, dtype=dtype)
+    logits = case.logits.clone().requires_grad_()
+    nll = token_nll.token_nll(logits, case.labels, valid_vocab=case.valid_vocab)
+    nll.backward(case.upstream)
+    check_no_worse_than_torch(nll.detach(), gradient_of(logits), case)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Tensors of the meta device have no values, so code that looks at one raises."""
+    with torch.device("meta"):
+        hidden, head = torch.empty(12, 4), torch.empty(50, 4).requires_grad_()
+        labels, ref_nll, mask = torch.empty(12, dtype=torch.int64), torch.empty(1, 12), torch.ones(1, 12)
+        nll = token_nll.token_nll(hidden @ head.t(), labels, valid_vocab=47)[None]
+        loss = (remit_weights(nll, ref_nll, mask, segment_ids=torch.zeros(1, 12, dtype=torch.int64)) * nll).sum()
+        loss.backward()
+        scores = linear_nll(hidden, head, labels, valid_vocab=47, chunk_tokens=5)
+    assert gradient_of(head).shape == head.shape
+    assert scores.shape == labels.shape
 
 
 @pytest.mark.parametrize("shape", ["expanded", "transposed"])

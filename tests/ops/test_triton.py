@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: in the interpreter, and compiled for a Hopper GPU and disassembled."""
+"""The Triton kernels without a GPU: in the interpreter, and compiled for Hopper and Blackwell GPUs and disassembled."""
 
 import os
 import re
@@ -18,7 +18,10 @@ from triton.compiler import ASTSource  # noqa: E402
 from remit_megatron.ops import token_nll_triton as kernels  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-HOPPER = GPUTarget("cuda", 90, 32)
+ARCHITECTURES = (90, 100)
+"""Compute capabilities: Hopper, Blackwell."""
+ATOMIC = r"\b(ATOM|ATOMG|ATOMS|RED|REDG)\b"
+"""What would make the order of a sum, and so its bits, depend on timing."""
 STRIDES = {"stride_outer": "i64", "stride_inner": "i32", "n_inner": "i32"}
 
 
@@ -35,13 +38,16 @@ def test_interpreter_matches_specification() -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def compile_for_hopper(kernel: Any, signature: dict[str, str], constants: dict[str, int], num_warps: int) -> Any:
+def compile_for(
+    architecture: int, kernel: Any, signature: dict[str, str], constants: dict[str, int], num_warps: int
+) -> Any:
     """Compiles with aligned pointers and row strides, and columns side by side, as a model's logits are."""
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or "stride_" in name]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     types = {**signature, **{name: "constexpr" for name in constants}}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=HOPPER, options={"num_warps": num_warps, "enable_fp_fusion": True})
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": True})
 
 
 def disassemble(compiled: Any) -> tuple[str, str]:
@@ -71,14 +77,17 @@ def count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "columns_per_lane"), [("bf16", 8), ("fp16", 8), ("fp32", 4)])
-def test_statistics_loop(dtype: str, columns_per_lane: int) -> None:
+def test_statistics_loop(dtype: str, columns_per_lane: int, architecture: int) -> None:
     signature = {"X": f"*{dtype}", **STRIDES, "Y": "*i64", "OUT": "*fp32", "out_stride": "i32"}
     signature |= {"first": "i32", "num_valid": "i32"}
     constants = {"stride_column": 1, "LANES": kernels.STATS_LANES, "K": columns_per_lane}
-    usage, sass = disassemble(compile_for_hopper(kernels.token_stats_kernel, signature, constants, kernels.STATS_WARPS))
+    compiled = compile_for(architecture, kernels.token_stats_kernel, signature, constants, kernels.STATS_WARPS)
+    usage, sass = disassemble(compiled)
     assert re.search(r"STACK:0\b", usage), usage
     assert count(r"\b(LDL|STL)\b", sass) == 0
+    assert count(ATOMIC, sass) == 0
     body = "\n".join(loop_body(sass))
     columns_per_thread = kernels.STATS_LANES * columns_per_lane // (kernels.STATS_WARPS * 32)
     assert count(r"LDG\.E\S*\.128", body) * columns_per_lane == columns_per_thread  # all of its loads are wide
@@ -89,16 +98,18 @@ def test_statistics_loop(dtype: str, columns_per_lane: int) -> None:
     assert len(loop_body(sass)) / columns_per_thread <= 9
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "columns_per_load"), [("bf16", 8), ("fp16", 8), ("fp32", 4)])
-def test_gradient_kernel(dtype: str, columns_per_load: int) -> None:
+def test_gradient_kernel(dtype: str, columns_per_load: int, architecture: int) -> None:
     signature = {"X": f"*{dtype}", **STRIDES, "OUT": f"*{dtype}", "out_stride_outer": "i64", "out_stride_inner": "i32"}
     signature |= {"Y": "*i64", "LSE": "*fp32", "COEFFICIENT": "*fp32"}
     signature |= {"first": "i32", "num_valid": "i32", "num_local": "i32"}
     constants = {"stride_column": 1, "out_stride_column": 1, "BLOCK": kernels.GRADIENT_BLOCK}
-    compiled = compile_for_hopper(kernels.token_gradient_kernel, signature, constants, kernels.GRADIENT_WARPS)
+    compiled = compile_for(architecture, kernels.token_gradient_kernel, signature, constants, kernels.GRADIENT_WARPS)
     usage, sass = disassemble(compiled)
     assert re.search(r"STACK:0\b", usage), usage
     assert count(r"\b(LDL|STL)\b", sass) == 0
+    assert count(ATOMIC, sass) == 0
     assert count(r"\bBAR\b|SHFL", sass) == 0
     columns_per_thread = kernels.GRADIENT_BLOCK // (kernels.GRADIENT_WARPS * 32)
     assert count(r"LDG\.E\S*\.128", sass) * columns_per_load == columns_per_thread  # the block without a mask
