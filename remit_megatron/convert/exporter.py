@@ -85,7 +85,8 @@ def _tensors(found: dict[str, Place], dtype: torch.dtype, progress: ByteProgress
 
 
 def _write_config(folder: Path, like: Path, config: dict[str, Any], shape: ModelShape, dtype: torch.dtype) -> None:
-    config = with_both_rope_keys(config, shape.rope_theta)
+    config = {**with_both_rope_keys(config, shape.rope_theta), "model_type": family_of(shape).name}
+    config.pop("auto_map", None)  # it names code, which a folder written here does not hold
     key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 writes the first, and reads both
     config[key] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

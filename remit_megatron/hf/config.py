@@ -36,10 +36,39 @@ IGNORED = frozenset(
         "problem_type",
         "pretraining_tp",
         "chunk_size_feed_forward",
+        "tokenizer_class",
+        "task_specific_params",
+        "torchscript",
+        "use_bfloat16",
+        "is_decoder",
+        "pruned_heads",
+        "tie_encoder_decoder",
         "unsloth_version",
         "unsloth_fixed",
     )
 )
+GENERATION = frozenset(
+    (
+        "do_sample",
+        "early_stopping",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+    )
+)
+"""How text is drawn from the logits. Configs of transformers 4 hold some of these."""
 REFUSED = {
     "num_experts": "a mixture of experts",
     "num_local_experts": "a mixture of experts",
@@ -58,7 +87,7 @@ class Fields:
     def __init__(self, values: dict[str, Any], where: str):
         self.values = values
         self.where = where
-        self.read: set[str] = set(IGNORED)
+        self.read: set[str] = set(IGNORED | GENERATION)
 
     def take(self, key: str, default: Any = MISSING) -> Any:
         """A value, or the default of the model's class in transformers. Raises UserError where a key is missing."""

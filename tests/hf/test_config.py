@@ -86,6 +86,74 @@ def test_defaults_are_those_of_the_classes() -> None:
     assert read_shape(QWEN3, "c").kv_channels == 12
 
 
+COMMON_4: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.47.0",
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    # Keys as the published folders have them; parameters as published (Youtu-LLM: counted by hand, 1.96B in print).
+    "OLMo-2-0425-1B": (
+        1_484_916_736,
+        {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "vocab_size": 100352, "hidden_size": 2048}
+        | {"intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16}
+        | {"rms_norm_eps": 1e-06, "rope_theta": 500000, "rope_scaling": None, "tie_word_embeddings": False}
+        | {"attention_bias": False, "max_position_embeddings": 4096, "pad_token_id": 100277},
+    ),
+    "SmolLM3-3B": (
+        3_075_098_624,
+        {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "vocab_size": 128256, "hidden_size": 2048}
+        | {"intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4}
+        | {"rms_norm_eps": 1e-06, "rope_theta": 5000000.0, "rope_scaling": None, "attention_bias": False}
+        | {"mlp_bias": False, "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9, "pretraining_tp": 2}
+        | {"layer_types": ["full_attention"] * 36, "max_window_layers": 28, "sliding_window": None}
+        | {"use_sliding_window": False, "max_position_embeddings": 65536, "pad_token_id": 128004},
+    ),
+    "Youtu-LLM-2B with its own code": (
+        1_961_560_064,
+        {"model_type": "youtu_llm", "architectures": ["YoutuForCausalLM"], "vocab_size": 128256, "hidden_size": 2048}
+        | {"auto_map": {"AutoConfig": "configuration_youtu.YoutuConfig"}, "intermediate_size": 6144}
+        | {"num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": 1536}
+        | {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "head_dim": 64}
+        | {"rms_norm_eps": 1e-06, "rope_theta": 1600000, "rope_interleave": True, "tie_word_embeddings": True}
+        | {"attention_bias": False, "mlp_bias": False, "max_position_embeddings": 131072},
+    ),
+    "Qwen2.5-0.5B": (
+        494_032_768,
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 896}
+        | {"intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+        | {"rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "max_window_layers": 24}
+        | {"use_mrope": False, "use_sliding_window": False, "tie_word_embeddings": True},
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "hidden_size": 1024}
+        | {"intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
+        | {"head_dim": 128, "rms_norm_eps": 1e-06, "rope_theta": 1000000, "rope_scaling": None, "attention_bias": False}
+        | {"sliding_window": None, "max_window_layers": 28, "use_sliding_window": False, "tie_word_embeddings": True},
+    ),
+    "Llama-2-7b": (
+        6_738_415_616,
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096}
+        | {"intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
+        | {"_name_or_path": "x", "max_length": 4096, "do_sample": True, "temperature": 0.9, "top_p": 0.6}
+        | {"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_scaling": None}
+        | {"tie_word_embeddings": False, "attention_bias": False, "max_position_embeddings": 4096},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_published_configs(name: str) -> None:
+    parameters, config = PUBLISHED[name]
+    assert read_shape({**COMMON_4, **config}, "c").num_parameters() == parameters
+
+
 def without(config: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k != key}
 
@@ -109,6 +177,8 @@ REFUSED = {
     'vocab_size = "61"': {**LLAMA, "vocab_size": "61"},
     "does not divide by num_key_value_heads": {**LLAMA, "num_key_value_heads": 3},
     "hidden_size = 30 does not divide": {**LLAMA, "hidden_size": 30},
+    "use_mrope = true": {**LLAMA, "use_mrope": True},
+    "multi-token prediction (num_nextn_predict_layers)": {**YOUTU, "num_nextn_predict_layers": 1},
     "use_sliding_window = true": {**SMOLLM3, "use_sliding_window": True},
     "not a sliding window": {**SMOLLM3, "layer_types": ["full_attention", "sliding_attention"]},
     "no_rope_layers must hold": {**SMOLLM3, "no_rope_layers": [1, 1]},

@@ -38,6 +38,7 @@ def read_shape(config: dict[str, Any], where: str | Path) -> ModelShape:
         if config.get(key):
             raise UserError(f"{where}: {what} ({key}) is not supported")
     kind = fields.take("model_type")
+    kind = next((family.name for family in FAMILIES.values() if family.former_name == kind), kind)
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type '{kind}' is not supported; known: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]

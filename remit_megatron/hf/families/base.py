@@ -17,6 +17,8 @@ class Family:
 
     name: str
     """`model_type` of its config."""
+    former_name: str | None = None
+    """`model_type` of folders from before transformers knew the family, which came with code of their own."""
     architecture: str
     """The only class that is supported."""
     read: Callable[[Fields], ModelShape]
@@ -53,6 +55,8 @@ def decoder_fields(config: Fields, *, tied_default: bool = False, head_width: in
     config.expect("attention_bias", False, "a bias of the attention's projections")
     config.expect("mlp_bias", False, "a bias of the feed-forward layer")
     config.expect("use_sliding_window", False, "a sliding window")
+    config.expect("use_mrope", False, "a rotary embedding of several dimensions")
+    config.expect("add_cross_attention", False, "cross-attention")
     for key in ("sliding_window", "max_window_layers", "layer_types"):
         config.take(key, None)
     kinds = config.values.get("layer_types") or ["full_attention"]

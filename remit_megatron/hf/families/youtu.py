@@ -34,4 +34,10 @@ LATENT_ATTENTION: Names = {
     "self_attention.linear_kv_up_proj.weight": ("self_attn.kv_b_proj.weight",),
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
 }
-FAMILY = Family(name="youtu", architecture="YoutuForCausalLM", read=read, layer=PRE_NORMS | LATENT_ATTENTION | MLP)
+FAMILY = Family(
+    name="youtu",
+    former_name="youtu_llm",
+    architecture="YoutuForCausalLM",
+    read=read,
+    layer=PRE_NORMS | LATENT_ATTENTION | MLP,
+)
