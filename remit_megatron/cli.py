@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from remit_megatron.errors import RemitError
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a RemitError into one line on stderr and its exit code."""
     arguments = build_parser().parse_args(argv)
+    _quiet_libraries()
     try:
         return int(arguments.func(arguments) or 0)
     except RemitError as error:
@@ -199,6 +201,16 @@ def _start_ranks(command: list[str], nproc: int) -> int:
     from launch.local import run_local
 
     return run_local([sys.executable, "-m", "remit_megatron.cli", *command], nproc)
+
+
+def _quiet_libraries() -> None:
+    """Megatron-Core and torch warn of optional parts, which `remit doctor` tells of, and of their own future.
+
+    Python's -W or PYTHONWARNINGS brings their warnings back.
+    """
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
 
 
 def _speaks(error: RemitError) -> bool:
