@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup smoke test test-slow lint bench clean
+.PHONY: setup smoke docker-smoke test test-slow test-image lint bench clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml
 smoke: setup
 	$(BIN)/python -m launch.smoke --out runs/smoke
 
+docker-smoke:
+	launch/container_smoke.sh
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,6 +31,9 @@ test: lint
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-image: setup
+	$(BIN)/python -m pytest -m image tests/image
 
 bench: setup
 	$(BIN)/python -m benchmarks.step --output benchmarks/results/step-$$(hostname -s).json

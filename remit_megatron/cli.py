@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a recipe, or go on with it")
     _add_recipe(train)
     train.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks")
+    train.add_argument("--fallback", action="store_true", help="where the newest checkpoint is damaged, use an older")
     train.set_defaults(func=_train)
 
     evaluate = commands.add_parser("eval", help="held-out NLL and exact-match accuracy of a checkpoint")
@@ -78,6 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("run", help="run folder")
     status.set_defaults(func=_status)
 
+    sync = commands.add_parser("sync-wandb", help="make one Weights & Biases run of a run's metrics.jsonl")
+    sync.add_argument("run", help="run folder")
+    sync.add_argument("--id", help="of the W&B run; default: the one in the checkpoint")
+    sync.add_argument("--offline", action="store_true", help="into a folder that `wandb sync` sends later")
+    sync.set_defaults(func=_sync_wandb)
+
     doctor = commands.add_parser("doctor", help="versions, devices, and which optional parts are usable here")
     doctor.set_defaults(func=_doctor)
     from data_prep import cli as data_cli
@@ -107,10 +114,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.nproc is not None:
-        return _start_ranks(["train", arguments.recipe, *_overrides(arguments)], arguments.nproc)
+        more = ["--fallback"] if arguments.fallback else []
+        return _start_ranks(["train", arguments.recipe, *_overrides(arguments), *more], arguments.nproc)
     from remit_megatron.train.loop import train
 
-    train(recipe)
+    train(recipe, fallback=arguments.fallback)
     return 0
 
 
@@ -183,6 +191,13 @@ def _status(arguments: argparse.Namespace) -> int:
     from launch.status import report
 
     print(report(Path(arguments.run)))
+    return 0
+
+
+def _sync_wandb(arguments: argparse.Namespace) -> int:
+    from remit_megatron.train.loggers import sync_wandb
+
+    print(sync_wandb(Path(arguments.run), arguments.id, "offline" if arguments.offline else "online"))
     return 0
 
 

@@ -15,6 +15,10 @@ class UserError(RemitError):
     exit_code = 2
 
 
+class DamagedError(UserError):
+    """Files of a checkpoint are not what they were when they were written. The message names them."""
+
+
 class RunError(RemitError):
     """A failure at run time that no change of the recipe prevents: a bad disk, a diverged run, a lost rank."""
 

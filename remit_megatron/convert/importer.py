@@ -1,9 +1,7 @@
 """From a Hugging Face folder to a checkpoint that any layout loads."""
 
-import json
 import shutil
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import HFFolder
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import whole_model
-from remit_megatron.train.checkpoint import Meta
+from remit_megatron.train.checkpoint import Meta, write_meta
 from remit_megatron.train.hf_source import origin
 
 
@@ -49,7 +47,7 @@ def import_folder(source: Path, target: Path, dtype: torch.dtype | None = None, 
                 precision="bf16" if dtype is torch.bfloat16 else "fp32",
                 origin=origin(folder, folder.content_key()),
             )
-            (partial / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
+            write_meta(partial, meta)
             partial.chmod(0o755)
             partial.rename(target)
         finally:

@@ -10,13 +10,18 @@ from typing import IO
 from remit_megatron.errors import RunError
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the renames and creations in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_file(path: Path) -> None:
+    """Make a file's content survive a power cut, whoever wrote it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the renames and creations in a folder survive a power cut."""
+    sync_file(folder)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

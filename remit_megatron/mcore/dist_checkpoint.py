@@ -4,13 +4,17 @@ Folders and their commit protocol are the caller's (remit_megatron/train/checkpo
 """
 
 import contextlib
+import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -23,8 +27,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from remit_megatron.errors import RunError, UserError
+from remit_megatron.data import checksums
+from remit_megatron.data.files import sync_file, write_atomically
+from remit_megatron.errors import DamagedError, RunError, UserError
 from remit_megatron.mcore import compat
+from remit_megatron.mcore.checkpoint_read import LoadCommon, LoadSharded, cause, first_line, verify
 from remit_megatron.mcore.collectives import failure_of_ranks
 from remit_megatron.mcore.step import unwrap
 from remit_megatron.processes import die_with_parent
@@ -36,6 +43,10 @@ METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
+
+
+WRITERS = max(2, min(8, (os.cpu_count() or 2) // 2))
+"""Threads, and so files, of a rank that saves: as many are hashed at a time."""
 
 
 class _ThreadedSave(TorchDistSaveShardedStrategy):
@@ -50,7 +61,7 @@ class _ThreadedSave(TorchDistSaveShardedStrategy):
         dcp.save(
             mcore_to_pyt_state_dict(sharded, False),
             storage_writer=dcp.FileSystemWriter(
-                checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=2
+                checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=WRITERS
             ),
             planner=MCoreSavePlanner(
                 dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
@@ -72,18 +83,77 @@ def _training_state(chunks: list[Any], optimizer: Any, is_loading: bool) -> dict
 
 
 def save(folder: Path, chunks: list[Any], optimizer: Any | None) -> None:
-    """Write into an existing, empty folder; returns when all ranks have written. Collective.
+    """Write into an existing, empty folder, with a manifest; returns when all ranks have written. Collective.
 
     Raises RunError where a rank cannot write.
     """
     with _writing(folder):
-        _save(folder, chunks, optimizer)
+        dist_checkpointing.save(
+            _state(chunks, optimizer), folder, _ThreadedSave("torch_dist", 1), content_metadata=METADATA
+        )
+        _write_manifest(folder, _sums(folder, dist.get_rank()))
 
 
-def _save(folder: Path, chunks: list[Any], optimizer: Any | None) -> None:
-    dist_checkpointing.save(
-        _state(chunks, optimizer), folder, _ThreadedSave("torch_dist", 1), content_metadata=METADATA
-    )
+def _sums(folder: Path, rank: int) -> dict[str, checksums.Checksum] | None:
+    """Of the shards that a rank wrote; None where they cannot be read: the other ranks wait for an answer."""
+    try:
+        return checksums.of_files(_own_shards(folder, rank))
+    except OSError:
+        return None
+
+
+def _own_shards(folder: Path, rank: int) -> list[Path]:
+    return sorted(folder.glob(f"__{rank}_*.distcp"))
+
+
+def _write_manifest(folder: Path, shards: dict[str, checksums.Checksum] | None) -> None:
+    """The manifest of everything in the folder; each rank brings its own shards. Collective.
+
+    Raises RunError on every rank where one brings None, or rank 0 cannot write.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, shards)
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            others = [path for path in folder.iterdir() if path.suffix != ".distcp"]
+            for path in others:
+                sync_file(path)  # Megatron syncs the shards only
+            if None in gathered:
+                raise RunError(f"rank {gathered.index(None)} cannot read what it wrote")
+            known = {name: checksum for of_rank in gathered for name, checksum in of_rank.items()}
+            checksums.write(folder, {**known, **checksums.of_files(others)})
+        except (OSError, RunError) as error:
+            outcome = [str(error)]
+    dist.broadcast_object_list(outcome, device=_object_device())
+    if outcome[0] is not None:
+        raise RunError(f"checkpoint {folder} cannot be written: {outcome[0]}; the newest complete one stays as it was")
+
+
+def _object_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _write_and_hash(write: Callable[..., None], folder: Path, rank: int, *arguments: Any, **more: Any) -> None:
+    """In the writing process: what it wrote is hashed there as well, and the sums left for its parent."""
+    write(*arguments, **more)
+    sums = {name: asdict(value) for name, value in checksums.of_files(_own_shards(folder, rank)).items()}
+    write_atomically(_sums_file(folder, rank), json.dumps(sums).encode())
+
+
+def _sums_file(folder: Path, rank: int) -> Path:
+    return folder / f".sums-{rank}.json"
+
+
+def _take_sums(folder: Path, rank: int) -> dict[str, checksums.Checksum] | None:
+    """What `_write_and_hash` left, which goes; nothing where this rank had nothing to write. None: it is not there."""
+    path = _sums_file(folder, rank)
+    try:
+        sums = json.loads(path.read_text())
+        path.unlink()
+    except OSError:
+        return None if _own_shards(folder, rank) else {}
+    return {name: checksums.Checksum(**value) for name, value in sums.items()}
 
 
 class BackgroundSave:
@@ -108,7 +178,15 @@ class BackgroundSave:
             content_metadata=METADATA,
             **compat.own_writer(dist_checkpointing.save),
         )
-        request.add_finalize_fn(commit)
+        rank = dist.get_rank()
+        if request.async_fn is not None:
+            request = request._replace(async_fn=functools.partial(_write_and_hash, request.async_fn, folder, rank))
+
+        def finish() -> None:
+            _write_manifest(folder, _take_sums(folder, rank))
+            commit()
+
+        request.add_finalize_fn(finish)
         self._queue.schedule_async_request(request)
 
     def poll(self) -> None:
@@ -131,13 +209,8 @@ def _writing(folder: Path) -> Iterator[None]:
         if failure_of_ranks(error):
             raise
         raise RunError(
-            f"checkpoint {folder} cannot be written: {_first_line(error)}; the newest complete one stays as it was"
+            f"checkpoint {folder} cannot be written: {first_line(error)}; the newest complete one stays as it was"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _state(chunks: list[Any], optimizer: Any | None) -> dict[str, Any]:
@@ -159,9 +232,13 @@ def load_training(folder: Path, chunks: list[Any], optimizer: Any) -> None:
 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Raises DamagedError naming a file that is not what the manifest says, or that holds code."""
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+    verify(folder)
     try:
-        return dist_checkpointing.load(state, folder)
+        return dist_checkpointing.load(state, folder, LoadSharded(), LoadCommon())
+    except DamagedError:
+        raise
     except (
         CheckpointingException,
         CheckpointException,
@@ -173,7 +250,8 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     ) as error:
         if failure_of_ranks(error):
             raise
-        raise UserError(f"checkpoint {folder}: cannot be loaded: {_first_line(error)}") from error
+        kind = DamagedError if isinstance(cause(error), DamagedError) else UserError
+        raise kind(f"checkpoint {folder}: cannot be loaded: {first_line(error)}") from error
 
 
 def _restore_model(loaded: dict[str, Any], chunks: list[Any]) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
 
 from remit_megatron.config import Parallel
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import platform
+from remit_megatron.mcore.checkpoint_read import Reader
 from remit_megatron.mcore.groups import destroy_groups, initialize_groups
 from remit_megatron.mcore.model import Build, build_chunks
 from remit_megatron.mcore.step import unwrap
@@ -47,7 +47,7 @@ def whole_model(shape: ModelShape, dtype: torch.dtype, max_sequence_length: int 
 def stored_dtype(checkpoint: Path) -> torch.dtype:
     """The type of the weights of a checkpoint. Raises UserError when it cannot be read."""
     try:
-        metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        metadata = Reader(checkpoint).read_metadata().state_dict_metadata
         return metadata[EMBEDDING].properties.dtype
     except (OSError, KeyError, EOFError, AttributeError) as error:
         raise UserError(f"checkpoint {checkpoint}: its description cannot be read: {error!r}") from None

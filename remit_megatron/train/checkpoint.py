@@ -1,7 +1,8 @@
 """Checkpoint folders of a run: written beside, renamed into place, named by a pointer that never names a partial one.
 
-checkpoints/step-00000100/   Megatron's distributed checkpoint and meta.json
+checkpoints/step-00000100/   Megatron's distributed checkpoint, its manifest.json and meta.json
 checkpoints/latest           the name of the newest complete one
+checkpoints/damaged-00000200 one that --fallback has passed over
 """
 
 import hashlib
@@ -12,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from remit_megatron.data.files import writing
-from remit_megatron.errors import RunError, UserError
+from remit_megatron.data import checksums
+from remit_megatron.data.files import fsync_folder, write_atomically, writing
+from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.shape import ModelShape
 
 FORMAT = 1
@@ -59,17 +61,43 @@ class CheckpointFolder:
         self.folder = folder
         self.keep = keep
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint. Raises RunError when the pointer names one that is not there."""
+    def named(self) -> Path | None:
+        """What the pointer names; without a pointer the newest one that looks complete."""
         pointer = self.folder / "latest"
         if not pointer.exists():
             # A kill between the two renames of the very first commit leaves a complete checkpoint without a pointer.
             complete = sorted(meta.parent for meta in self.folder.glob("step-*/meta.json"))
             return complete[-1] if complete else None
-        path = self.folder / pointer.read_text().strip()
-        if not (path / "meta.json").exists():
-            raise RunError(f"{pointer} names {path.name}, which is not complete: restore it, or name another one there")
+        return self.folder / pointer.read_text().strip()
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint. Raises DamagedError when the pointer names one that is not there."""
+        path = self.named()
+        if path is not None and not (path / "meta.json").exists():
+            raise self.refusal(path, f"{self.folder / 'latest'} names {path.name}, which is not complete")
         return path
+
+    def refusal(self, path: Path, problem: object) -> DamagedError:
+        """That the run does not go on from `path`, with the remedy."""
+        older = self.before(path)
+        remedy = f"or start with --fallback to go on from {older[0].name}" if older else "there is no older one"
+        return DamagedError(f"{problem}: restore it; {remedy}")
+
+    def before(self, path: Path) -> list[Path]:
+        """Complete checkpoints older than `path`, the newest first."""
+        older = [meta.parent for meta in self.folder.glob("step-*/meta.json") if meta.parent.name < path.name]
+        return sorted(older, reverse=True)
+
+    def pass_over(self, damaged: list[Path], chosen: Path) -> None:
+        """Go on from `chosen`: the damaged ones get another name. Raises RunError where that cannot be."""
+        with writing(self.folder):
+            self._point_to(chosen)
+            for path in damaged:
+                aside = self.folder / f"damaged-{path.name.removeprefix('step-')}"
+                shutil.rmtree(aside, ignore_errors=True)
+                if path.exists():
+                    os.rename(path, aside)
+            fsync_folder(self.folder)
 
     def partial(self, step: int) -> Path:
         """Where the checkpoint of `step` is written before it is complete."""
@@ -91,21 +119,27 @@ class CheckpointFolder:
 
     def _commit(self, meta: Meta) -> Path:
         partial, final = self.partial(meta.step), self.folder / f"step-{meta.step:08d}"
-        _write_synced(partial / "meta.json", json.dumps(asdict(meta), indent=1))
-        _sync_folder(partial)
+        write_meta(partial, meta)
         if final.exists():  # saved by an earlier process that was killed before it moved the pointer
-            shutil.rmtree(final)
+            _remove(final)
         os.rename(partial, final)
-        _sync_folder(self.folder)
-        _write_synced(self.folder / ".latest", final.name + "\n")
-        os.rename(self.folder / ".latest", self.folder / "latest")
-        _sync_folder(self.folder)
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-            if old != final:
-                # The meta goes first: a folder that lost only some of its files must not look complete.
-                (old / "meta.json").unlink(missing_ok=True)
-                shutil.rmtree(old)
+        fsync_folder(self.folder)
+        self._point_to(final)
+        # Only whole ones count towards `keep`: the last good one never goes because of damaged ones after it.
+        kept = [path for path in sorted(self.folder.glob("step-*")) if checksums.whole(path)][-self.keep :]
+        for old in self.folder.glob("step-*"):
+            if old.name < min([final, *kept]).name:
+                _remove(old)
         return final
+
+    def _point_to(self, path: Path) -> None:
+        write_atomically(self.folder / "latest", f"{path.name}\n".encode())
+
+
+def _remove(checkpoint: Path) -> None:
+    """The meta goes first: a folder that lost only some of its files must not look complete."""
+    (checkpoint / "meta.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def resolve_checkpoint(path: str, key: str) -> Path:
@@ -116,7 +150,7 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     if (folder / "checkpoints").is_dir():
         try:
             latest = CheckpointFolder(folder / "checkpoints", keep=1).latest()
-        except RunError as error:
+        except DamagedError as error:
             raise UserError(f"{key} = '{path}': {error}") from None
         if latest is not None:
             return latest
@@ -125,20 +159,30 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     raise UserError(f"{key} = '{path}' {what}: name a folder with meta.json, or a run folder")
 
 
+def write_meta(folder: Path, meta: Meta) -> None:
+    """Write meta.json, the last file of a checkpoint. Raises RunError where it cannot be written."""
+    content = asdict(meta)
+    content["checksum"] = checksums.own_checksum(content)
+    write_atomically(folder / "meta.json", json.dumps(content, indent=1).encode())
+
+
 def read_meta(folder: Path) -> Meta:
-    """Raises UserError when meta.json is unreadable or of another format."""
+    """Raises UserError when meta.json is unreadable, of another format, or damaged."""
     try:
         fields = json.loads((folder / "meta.json").read_text())
         if fields.get("format") != FORMAT:
             raise UserError(f"checkpoint {folder}: format {fields.get('format')}, this program reads {FORMAT}")
+        checksum = fields.pop("checksum", None)
         meta = Meta(**fields)
         meta.model_shape()
-        return meta
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
+        raise DamagedError(
             f"checkpoint {folder}: meta.json cannot be read, or is of another version of this program: {reason}"
         ) from None
+    if checksum != checksums.own_checksum(fields):
+        raise DamagedError(f"checkpoint {folder}: meta.json has changed: its own checksum does not match")
+    return meta
 
 
 def identity(folder: Path) -> str:
@@ -155,18 +199,3 @@ def identity(folder: Path) -> str:
                 stream.seek(start)
                 digest.update(stream.read(IDENTITY_BYTES))
     return digest.hexdigest()[:32]
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

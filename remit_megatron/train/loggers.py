@@ -5,14 +5,17 @@ import logging
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from remit_megatron.config import Recipe
-from remit_megatron.errors import UserError
+from remit_megatron.config import Recipe, load_recipe
+from remit_megatron.errors import RunError, UserError
+from remit_megatron.train.checkpoint import CheckpointFolder, read_meta
+from remit_megatron.train.wandb_run import Target, WandbProcess, upload
 
 Line = dict[str, Any]
 
@@ -24,7 +27,7 @@ class ProgressLog:
         self.every = recipe.logging.every_steps
         self.total = recipe.train_steps
         self._started, self._start_step = time.monotonic(), start_step
-        self._file = (run / "log.txt").open("a", buffering=1)
+        self._path, self._warned = run / "log.txt", False
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -38,7 +41,7 @@ class ProgressLog:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._keep(text)
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:
@@ -52,14 +55,23 @@ class ProgressLog:
         if step % self.every == 0 or step == self.total:
             left = (time.monotonic() - self._started) / max(1, step - self._start_step) * (self.total - step)
             text = f"step {step}/{self.total}  {info}  {_more(line)}  left {_duration(left)}"
-            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._keep(text)
             if self._bar is None:
                 print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._file.close()
+
+    def _keep(self, text: str) -> None:
+        """A line of log.txt. A full disk costs lines, not the run."""
+        try:
+            with self._path.open("a") as stream:
+                stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError as error:
+            if not self._warned:
+                logging.getLogger(__name__).warning("%s cannot be written: %s", self._path, error)
+            self._warned = True
 
 
 def _more(line: Line) -> str:
@@ -95,81 +107,84 @@ class TensorBoardLog:
         self._writer.close()
 
 
-class WandbLog:
-    """One Weights & Biases run, found again by an id that lives in the checkpoint. Its failures never stop training."""
-
-    def __init__(self, run: Path, recipe: Recipe, identity: str | None):
-        import wandb
-
-        self.identity = identity or uuid.uuid4().hex[:8]
-        self._wandb = wandb
-        self._run: Any = None
-        self._try(
-            lambda: wandb.init(
-                project=recipe.logging.wandb_project,
-                name=run.name,
-                id=self.identity,
-                resume="allow",
-                dir=str(run),
-                mode="online" if recipe.logging.wandb == "online" else "offline",
-                config=recipe.model_dump(),
-                settings=wandb.Settings(init_timeout=30, console="off"),
-            )
-        )
-        if self._run is not None:
-            self._run.define_metric("*", step_metric="tokens")
-
-    def _try(self, call: Any) -> None:
-        try:
-            self._run = call()
-        except Exception as error:  # noqa: BLE001 - whatever the service or its client does, training goes on
-            logging.getLogger(__name__).warning("wandb: %s", error)
-
-    def write(self, line: Line) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.log(line, step=line["step"])
-        except Exception as error:  # noqa: BLE001 - as above
-            logging.getLogger(__name__).warning("wandb: %s", error)
-
-    def close(self) -> None:
-        if self._run is not None:
-            try:
-                self._run.finish()
-            except Exception as error:  # noqa: BLE001 - as above
-                logging.getLogger(__name__).warning("wandb: %s", error)
-
-
 def check_loggers(recipe: Recipe) -> None:
     """Raise UserError for a logger that is asked for and not installed."""
-    if recipe.logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise UserError("logging.wandb is on but wandb is not installed: pip install wandb, or set it to 'off'")
+    check_wandb(required=recipe.logging.wandb != "off")
+
+
+def check_wandb(required: bool) -> None:
+    """Raise UserError where it is required and not installed."""
+    if required and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb is not installed: pip install wandb, or set logging.wandb to 'off'")
 
 
 class Loggers:
-    """All loggers of rank 0."""
+    """All loggers of rank 0. None of them ever stops training."""
 
     def __init__(self, run: Path, recipe: Recipe, start_step: int, identities: dict[str, str]):
         self.progress = ProgressLog(run, recipe, start_step)
         self.identities = dict(identities)
-        self._external: list[Any] = []
+        self._tensorboard: TensorBoardLog | None = None
+        self._wandb: WandbProcess | None = None
         if recipe.logging.tensorboard:
-            self._external.append(TensorBoardLog(run, start_step))
+            self._guarded(lambda: setattr(self, "_tensorboard", TensorBoardLog(run, start_step)))
         if recipe.logging.wandb != "off":
-            log = WandbLog(run, recipe, identities.get("wandb"))
-            self.identities["wandb"] = log.identity
-            self._external.append(log)
+            self.identities.setdefault("wandb", uuid.uuid4().hex[:8])
+            self._wandb = WandbProcess(wandb_target(run, recipe, self.identities["wandb"], after_step=start_step))
         self._every, self._total = recipe.logging.every_steps, recipe.train_steps
 
     def write(self, line: Line) -> None:
+        """A line that is in metrics.jsonl already: W&B follows that file."""
         self.progress.write(line)
         evaluated = any(key.startswith("eval/") for key in line)
-        if line["step"] % self._every == 0 or evaluated or line["step"] == self._total:
-            for log in self._external:
-                log.write(line)
+        tensorboard = self._tensorboard
+        if tensorboard and (line["step"] % self._every == 0 or evaluated or line["step"] == self._total):
+            self._guarded(lambda: tensorboard.write(line))
 
     def close(self) -> None:
-        for log in self._external:
-            log.close()
+        if self._tensorboard:
+            self._guarded(self._tensorboard.close)
+        if self._wandb:
+            self._wandb.close()
         self.progress.close()
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        """TensorBoard writes no more after its first failure, such as a full disk."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - whatever a logger does, training goes on
+            self._tensorboard = None
+            self.progress.say(f"warning: tensorboard: no more of it: {error}")
+
+
+def wandb_target(run: Path, recipe: Recipe, identity: str, after_step: int = 0, mode: str | None = None) -> Target:
+    """Where a run's metrics go, as its recipe says."""
+    return Target(
+        run=str(run),
+        identity=identity,
+        project=recipe.logging.wandb_project,
+        mode=mode or recipe.logging.wandb,
+        after_step=after_step,
+        every_steps=recipe.logging.every_steps,
+        last_step=recipe.train_steps,
+        config=recipe.model_dump(),
+    )
+
+
+def sync_wandb(run: Path, identity: str | None, mode: str) -> str:
+    """Make one W&B run of the whole metrics.jsonl. identity: default: the run's own.
+
+    Returns what was done. Raises UserError for a folder without a run, RunError where wandb fails.
+    """
+    if not (run / "recipe.toml").exists() or not (run / "metrics.jsonl").exists():
+        raise UserError(f"{run}: no run with metrics here: name the folder that a recipe's `run` names")
+    recipe = load_recipe(run / "recipe.toml")
+    check_wandb(required=True)
+    latest = CheckpointFolder(run / "checkpoints", keep=1).latest()
+    identity = identity or (read_meta(latest).loggers.get("wandb") if latest else None) or uuid.uuid4().hex[:8]
+    target = wandb_target(run, recipe, identity, mode=mode)
+    try:
+        folder = upload(target)
+    except Exception as error:
+        raise RunError(f"{run}: wandb: {' '.join(str(error).split())[:300]}") from error
+    return f"{run}: W&B run {identity} of project {target.project}, from metrics.jsonl: {folder}"

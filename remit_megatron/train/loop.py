@@ -11,7 +11,7 @@ import torch
 
 from remit_megatron.config import Recipe, dump_toml
 from remit_megatron.data.loader import BatchPlan, Step, check_loader, make_loader
-from remit_megatron.errors import RunError, StopRequested, UserError
+from remit_megatron.errors import DamagedError, RunError, StopRequested, UserError
 from remit_megatron.mcore import datasets, dist_checkpoint, optim
 from remit_megatron.mcore.groups import Groups, initialize_groups
 from remit_megatron.mcore.step import make_forward_step, run_schedule
@@ -21,6 +21,7 @@ from remit_megatron.reference.precision import precision_error
 from remit_megatron.train import flops
 from remit_megatron.train.checkpoint import CheckpointFolder, Meta, read_meta
 from remit_megatron.train.evaluate import Evaluator
+from remit_megatron.train.fallback import newest_whole
 from remit_megatron.train.fit import check_documents, num_microbatches
 from remit_megatron.train.folder import RunFolder
 from remit_megatron.train.loggers import Loggers, check_loggers
@@ -34,8 +35,10 @@ from remit_megatron.train.watchdog import Watchdog
 from remit_megatron.train.write_through import WriteThrough
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, *, fallback: bool = False) -> None:
     """Run a recipe to its end, from its newest checkpoint where it has one. Called on every rank.
+
+    fallback: where the newest one is damaged, go on from the newest whole one.
 
     Raises UserError for a mistake in recipe or input (nothing is written then), RunError for a failure,
     StopRequested after a signal, when the checkpoint is complete; HangError where ranks do not answer.
@@ -43,7 +46,7 @@ def train(recipe: Recipe) -> None:
     status = Status(Path(recipe.run))
     watchdog = Watchdog(recipe.watchdog, status)
     with StopSignals() as signals, watchdog, status.outcome(), joined_process(recipe.compute) as process:
-        trainer = Trainer(recipe, process, status, watchdog)
+        trainer = Trainer(recipe, process, status, watchdog, fallback=fallback)
         try:
             trainer.run(signals)
         finally:
@@ -54,7 +57,13 @@ class Trainer:
     """State of a run on one rank. Construction is the set-up; `run` trains."""
 
     def __init__(
-        self, recipe: Recipe, process: Process, status: Status | None = None, watchdog: Watchdog | None = None
+        self,
+        recipe: Recipe,
+        process: Process,
+        status: Status | None = None,
+        watchdog: Watchdog | None = None,
+        *,
+        fallback: bool = False,
     ):
         self.recipe = recipe
         self.process = process
@@ -64,7 +73,9 @@ class Trainer:
         self.objective = recipe.build_objective()
         self.folder = RunFolder(Path(recipe.run), recipe)
         from_rank_0(self.folder.check, process.device)
-        self.plan = from_rank_0(lambda: make_plan(recipe, process.device.type), process.device)
+        self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", recipe.checkpoint.keep)
+        whole, passed_over = newest_whole(self.checkpoints, process.device) if fallback else (None, {})
+        self.plan = from_rank_0(lambda: make_plan(recipe, process.device.type, whole), process.device)
         self.num_microbatches = num_microbatches(recipe, process.world_size)
         self.groups: Groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
         self.sources, self.tokenizer_hash = open_sources(recipe, self.plan)
@@ -84,8 +95,9 @@ class Trainer:
         # Everything that a mistake could stop is behind us: from here on the run folder is written to.
         from_rank_0(self.folder.claim, process.device)
         self.status.claimed()
-        self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", recipe.checkpoint.keep)
         resume = self.plan.resume
+        if resume and passed_over:
+            from_rank_0(lambda: self.checkpoints.pass_over(list(passed_over), resume), process.device)
         if self.is_main:
             self.status.open(recipe.train_steps, read_meta(resume) if resume else None)
         self.chunks = optim.wrap_ddp(self.chunks, config, recipe.parallel)
@@ -119,13 +131,7 @@ class Trainer:
         self.background = dist_checkpoint.BackgroundSave() if recipe.checkpoint.asynchronous else None
         self.loggers: Loggers | None = None
         self.metrics: MetricsFile | None = None
-        if self.is_main:
-            self.folder.write_recipe(dump_toml(recipe))
-            if self.meta.step < recipe.train_steps:
-                self.status.undone()
-            self.loggers = Loggers(self.folder.path, recipe, self.meta.step, self.meta.loggers)
-            self.metrics = MetricsFile(self.folder.path / "metrics.jsonl", self.meta.step)
-            self._say_start(resume)
+        from_rank_0(lambda: self._open_outputs(resume, passed_over), process.device)
         if self.reference and self.reference.products:
             self._report_precision(self.reference)
 
@@ -173,8 +179,22 @@ class Trainer:
                     f"checkpoint {path}: its {key} is {getattr(saved, key)}, this start has {getattr(fresh, key)}: "
                     "restore what changed, or start another run folder"
                 )
-        dist_checkpoint.load_training(path, self.chunks, self.optimizer)
+        try:
+            dist_checkpoint.load_training(path, self.chunks, self.optimizer)
+        except DamagedError as error:
+            raise self.checkpoints.refusal(path, error) from None
         return saved
+
+    def _open_outputs(self, resume: Path | None, passed_over: dict[Path, str]) -> None:
+        """On rank 0."""
+        self.folder.write_recipe(dump_toml(self.recipe))
+        if self.meta.step < self.recipe.train_steps:
+            self.status.undone()
+        self.metrics = MetricsFile(self.folder.path / "metrics.jsonl", self.meta.step)
+        self.loggers = Loggers(self.folder.path, self.recipe, self.meta.step, self.meta.loggers)
+        for path, problem in passed_over.items():
+            self.loggers.progress.say(f"--fallback: {path.name} is passed over and set aside: {problem}")
+        self._say_start(resume)
 
     def _say_start(self, resume: Path | None) -> None:
         recipe, shape = self.recipe, self.plan.shape
@@ -336,9 +356,9 @@ class Trainer:
             self.reference.verify_frozen()
         self._sync_params()
         meta = self.meta
-        if self.loggers and self.metrics:
+        if self.loggers:
             meta = Meta(**{**asdict(meta), "loggers": self.loggers.identities})
-            self.metrics.sync()
+        from_rank_0(self.metrics.sync if self.metrics else lambda: None, self.process.device)
         if self.background:
             self.background.wait()
         partial = self.checkpoints.partial(meta.step)

@@ -1,14 +1,18 @@
 """Metrics of a run: summed over microbatches and ranks as numerators and denominators, written a line a step."""
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from remit_megatron.data.files import writing
+from remit_megatron.errors import RunError
 
 NAMES = ("loss", "nll", "ref_nll", "gap", "weight", "weight_sq", "clipped_low", "clipped_high", "selected", "kl")
 RENAMED = {"gap": "gap_mean", "weight": "weight_mean"}
@@ -53,27 +57,53 @@ def read(ratios: dict[str, tuple[float, float]]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one line a step, full precision. Lines after `resumed_step` are dropped at start."""
+    """metrics.jsonl: one line a step, full precision. Lines after `resumed_step` are dropped at start.
+
+    A line that a full disk refuses is kept and written with the next; a checkpoint is not made without it.
+    """
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
         lines = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step]
         temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text("".join(lines))
-        os.replace(temporary, path)
-        self._stream: TextIO = path.open("a")
+        with writing(path):
+            temporary.write_text("".join(lines))
+            os.replace(temporary, path)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._pending = b""
+        self._warned = False
 
     def write(self, line: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+        """Raises nothing: see `sync`."""
+        self._pending += json.dumps(line).encode() + b"\n"
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._warned:
+                logging.getLogger(__name__).warning("%s cannot be written now: %s", self.path, error)
+            self._warned = True
 
     def sync(self) -> None:
-        """Make everything written so far survive a crash of the machine; called before a checkpoint is committed."""
-        os.fsync(self._stream.fileno())
+        """Make everything written so far survive a crash of the machine; called before a checkpoint is committed.
+
+        Raises RunError where lines cannot be written.
+        """
+        with writing(self.path):
+            self._flush()
+            os.fsync(self._descriptor)
+
+    def _flush(self) -> None:
+        # A full disk may take half a line: the next attempt goes on after it.
+        while self._pending:
+            self._pending = self._pending[os.write(self._descriptor, self._pending) :]
 
     def close(self) -> None:
-        self.sync()
-        self._stream.close()
+        """After a failure, whose error is under way, what cannot be written stays unwritten."""
+        try:
+            self.sync()
+        except RunError as error:
+            logging.getLogger(__name__).warning("%s", error)
+        os.close(self._descriptor)
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from remit_megatron.config import Recipe
-from remit_megatron.errors import UserError
+from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.hf.folder import is_hf_folder
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.model import Build, build_chunks
@@ -37,11 +37,20 @@ class Plan:
     dtype: torch.dtype
 
 
-def make_plan(recipe: Recipe, device_type: str) -> Plan:
-    """Resolve shapes and paths. Raises UserError for what does not fit together; reads meta.json and Hugging Face
-    configs, and the bytes of a Hugging Face folder for their hash."""
-    resume = CheckpointFolder(Path(recipe.run) / "checkpoints", keep=1).latest()
-    init, init_meta = None, read_meta(resume) if resume else None
+def make_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> Plan:
+    """Resolve shapes and paths. resume: one of the run's checkpoints; default: the newest.
+
+    Raises UserError for what does not fit together; reads meta.json and Hugging Face configs, and the bytes of a
+    Hugging Face folder for their hash.
+    """
+    checkpoints = CheckpointFolder(Path(recipe.run) / "checkpoints", keep=1)
+    resume = resume or checkpoints.latest()
+    init, init_meta = None, None
+    if resume:
+        try:
+            init_meta = read_meta(resume)
+        except DamagedError as error:
+            raise checkpoints.refusal(resume, error) from None
     if recipe.model.init and not resume:
         init, init_meta = _find(recipe.model.init, "model.init", recipe)
     shape = student_shape(recipe, init_meta.model_shape() if init_meta else None)

@@ -71,7 +71,9 @@ def remit(folder: Path, run: str, **changes: Any) -> dict[str, Any]:
     return settings(folder, run, **changes)
 
 
-def train_all(rank: int, recipes: list[Any], poisons: list[Any] | None = None) -> list[tuple[int, str]]:
+def train_all(
+    rank: int, recipes: list[Any], poisons: list[Any] | None = None, fallback: bool = False
+) -> list[tuple[int, str]]:
     """On one rank: run recipes one after the other; (exit code, message) of each.
 
     poisons: for each recipe (rank, steps): on that rank the loss of those steps is multiplied by NaN.
@@ -91,7 +93,7 @@ def train_all(rank: int, recipes: list[Any], poisons: list[Any] | None = None) -
     for recipe, (poisoned_rank, steps) in zip(recipes, poisons or [(0, [])] * len(recipes), strict=True):
         trainer = None
         try:
-            trainer = Trainer(parse_recipe(recipe), process)
+            trainer = Trainer(parse_recipe(recipe), process, fallback=fallback)
             if poisons:
                 trainer.forward_step.objective = _Poisoned(trainer, steps if rank == poisoned_rank else [])
             trainer.run(StopSignals())

@@ -16,7 +16,7 @@ from remit_megatron.config import dump_toml, parse_recipe
 from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, start, wait_for
 
 STEPS = 24
-KILLS = 10
+KILLS = 4
 
 
 def recipe_file(folder: Path, run: str, **changes: Any) -> Path:
@@ -97,7 +97,7 @@ def test_killed_at_random_moments(folder: Path, undisturbed: list[dict[str, Any]
             name = (checkpoints / "latest").read_text().strip()
             assert (checkpoints / name / "meta.json").exists(), "the pointer names a partial checkpoint"
     assert kills == KILLS, f"only {kills} kills: {log.read_text()}"
-    assert during_save >= 2, "no save was hit: the test tests nothing"
+    assert during_save >= 1, "no save was hit: the test tests nothing"
     assert start(recipe, 2, log).wait(180) == 0, log.read_text()
     assert metrics(folder, "killed") == undisturbed
     assert not saving(folder, "killed")
@@ -125,7 +125,7 @@ def test_a_rank_that_hangs_or_dies(folder: Path, undisturbed: list[dict[str, Any
         assert process.wait(60) == code, log.read_text()
         stacks = run / "logs" / f"rank-{1 - victim}.stacks.txt"
         assert message in stacks.read_text()
-        assert "in _train_step" in stacks.read_text().split(message)[-1], "where it was, by name"
+        assert "in _train_step" in stacks.read_text().partition(message)[2], "where it was, by name"
         assert message in log.read_text()
         status = json.loads((run / "status.json").read_text())
         assert status["state"] == ("hung" if code == 86 else "failed")

@@ -2,10 +2,10 @@
 
 import contextlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from data_prep.writer import write_dataset
 from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.data.indexed import HEADER_BYTES, open_index
 from remit_megatron.mcore.compat import importable
+from remit_megatron.train.checkpoint import read_meta, write_meta
 from tests.ranks import run_ranks
 from tests.train.runs import EOD, VOCAB, remit, settings
 
@@ -64,13 +65,12 @@ def _cases(folder: Path) -> list[Case]:
     wide = folder / "wide_vocabulary"
     shutil.copytree(folder / "base", wide)
     for meta in wide.glob("checkpoints/*/meta.json"):
-        content = json.loads(meta.read_text())
-        content["shape"]["vocab_size"] = 64
-        meta.write_text(json.dumps(content))
+        shape = {**read_meta(meta.parent).shape, "vocab_size": 64}
+        write_meta(meta.parent, replace(read_meta(meta.parent), shape=shape))
     untrained = folder / "untrained"
     shutil.copytree(folder / "base", untrained)
     for meta in untrained.glob("checkpoints/*/meta.json"):
-        meta.write_text(json.dumps({**json.loads(meta.read_text()), "step": 0}))
+        write_meta(meta.parent, replace(read_meta(meta.parent), step=0))
     torn = folder / "torn"
     shutil.copytree(folder / "base", torn)
     for shard in torn.glob("checkpoints/*/*.distcp"):

@@ -1,6 +1,5 @@
 """Scores on disk: the online run again in any layout, kills survived, and a cache that does not fit is refused."""
 
-import json
 import os
 import random
 import shutil
@@ -8,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.errors import RemitError, RunError
 from remit_megatron.reference.cache import HEADER, CacheManifest, ScoreCache, SourceScores, blocks_of
+from remit_megatron.train.checkpoint import read_meta, write_meta
 from tests.ranks import run_ranks
 from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all, wait_for
 
@@ -227,7 +228,7 @@ def test_each_misfit_is_refused_by_name(folder: Path, scores: Path) -> None:
     base = folder / "scores other reference"
     shutil.copytree(folder / "base", base)
     for meta in base.glob("checkpoints/*/meta.json"):
-        meta.write_text(json.dumps({**json.loads(meta.read_text()), "tokens": 5}))
+        write_meta(meta.parent, replace(read_meta(meta.parent), tokens=5))
     run = "scores refused"
     more = {"schedule": {"train_tokens": 20 * SEQUENCE * SAMPLES}}
     bf16 = {"compute": {"precision": "bf16"}}

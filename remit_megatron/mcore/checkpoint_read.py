@@ -1,0 +1,174 @@
+"""Reading a distributed checkpoint without trust: checksums first, and no pickle in it can run code.
+
+Megatron and torch keep a pickle in .metadata, one in common.pt, and one for each object beside the tensors. Here an
+unpickler with a list of allowed names reads the first, and torch's restricted one the others.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    TorchDistLoadShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
+    _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from remit_megatron.data import checksums
+from remit_megatron.errors import DamagedError
+
+ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype))},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+}
+"""What .metadata is made of: names of classes, and two functions that look a constant up."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader of shards, with a .metadata that cannot run code; it is read once."""
+
+    _known: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Raises DamagedError naming the file for one that holds anything else than a description."""
+        if self._known is None:
+            path = Path(self.path) / ".metadata"
+            try:
+                with path.open("rb") as stream:
+                    metadata = _Unpickler(stream).load()
+            except (pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, AttributeError) as error:
+                raise DamagedError(f"{path}: refused: {error}") from None
+            except (ImportError, IndexError, KeyError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+                raise DamagedError(f"{path}: refused: {type(error).__name__}: {error}") from None
+            if not isinstance(metadata, Metadata):
+                raise DamagedError(f"{path}: refused: it holds no description of a checkpoint")
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            self._check_paths(metadata)
+            self._known = metadata
+        return self._known
+
+    def _check_paths(self, metadata: Metadata) -> None:
+        for info in (metadata.storage_data or {}).values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise DamagedError(f"{self.path}/.metadata: refused: it names a file elsewhere, {info.relative_path}")
+
+
+class _Planner(MCoreLoadPlanner):
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        try:
+            loaded = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise DamagedError(f"its object {name} is refused: {first_line(error)}") from None
+        # Transformer Engine would unpickle what is in it; the layers trained here leave it empty.
+        size = loaded.numel() if isinstance(loaded, torch.Tensor) else len(getattr(loaded, "getvalue", bytes)())
+        if "_extra_state" in name and size:
+            raise DamagedError(f"its object {name} is refused: it holds a pickle for Transformer Engine")
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], loaded)
+        else:
+            self.state_dict[name] = loaded
+
+
+class LoadCommon(TorchCommonLoadStrategy):
+    """common.pt through torch's restricted unpickler, whatever the environment asks torch for."""
+
+    def load_common(self, checkpoint_dir: Any) -> Any:
+        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
+            raise DamagedError(f"{path}: refused: {first_line(error)}") from None
+
+
+class LoadSharded(TorchDistLoadShardedStrategy):
+    """Megatron's own way to load, with the reader and the planner above."""
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
+        tensors = [t for t in nested_values(sharded_state_dict) if hasattr(t, "allow_shape_mismatch")]
+        original = sharded_state_dict
+        sharded, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        state = mcore_to_pyt_state_dict(sharded, True)
+        reader = Reader(checkpoint_dir)
+        reader.read_metadata()  # here, because torch takes a refusal for a file that is not there
+        dcp.load_state_dict(
+            state,
+            reader,
+            planner=_Planner(
+                shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
+                allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
+            ),
+        )
+        loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
+        loaded = _replace_sharded_keys_with_state_dict_keys(loaded, flat, renamed)
+        _restore_dict_types(loaded, original)
+        return loaded
+
+
+def cause(error: BaseException) -> BaseException:
+    """Of a torch checkpoint error, what failed on the first of its ranks; else the error itself."""
+    failures = getattr(error, "failures", None)
+    return next(iter(failures.values()))[0] if failures else error
+
+
+def first_line(error: BaseException) -> str:
+    """Of what the cause of an error says."""
+    error = cause(error)
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the folder's manifest, each on one of the ranks. Collective.
+
+    Raises DamagedError on every rank, naming the files.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _problems_of_rank(folder))
+    problems = [problem for of_rank in found for problem in of_rank]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise DamagedError(f"checkpoint {folder}: {'; '.join(problems[:3])}{more}")
+
+
+def _problems_of_rank(folder: Path) -> list[str]:
+    try:
+        files = checksums.read(folder)
+    except DamagedError as error:
+        return [str(error)] if dist.get_rank() == 0 else []
+    # The largest first, so that they spread over the ranks.
+    names = sorted(files, key=lambda name: -files[name].bytes)[dist.get_rank() :: dist.get_world_size()]
+    return checksums.problems(folder, {name: files[name] for name in names}, content=True)

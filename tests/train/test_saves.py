@@ -1,0 +1,116 @@
+"""Saves that are cut off: by kill -9 at any moment, and by a full disk. What was saved before stays usable."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remit_megatron.data import checksums
+from tests.ranks import run_ranks
+from tests.train.runs import SAMPLES, SEQUENCE, metrics, settings, train_all
+
+ROOT = Path(__file__).parents[2]
+
+
+def killed(folder: Path, kills: int) -> tuple[dict[str, Any], Path]:
+    schedule = {"train_tokens": (3 * kills + 4) * SEQUENCE * SAMPLES, "warmup_tokens": 0}
+    more = {"schedule": schedule, "evaluation": {"every_steps": 0}, "parallel": {"tensor": 2}}
+    often = {"checkpoint": {"every_steps": 1, "keep": 2}}
+    recipe = settings(folder, f"killed {kills}", **more, **often)
+    straight = settings(folder, f"not killed {kills}", **more)
+    assert run_ranks(2, train_all, [straight]) == [[(0, "")]] * 2
+    file = folder / f"killed {kills}.json"
+    file.write_text(json.dumps(recipe))
+    command = [sys.executable, "-W", "ignore", "-m", "tests.train.forked", str(file), str(kills)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["wrong"] == []
+    assert found["codes"] == [0, 0], done.stderr[-3000:]
+    assert metrics(folder, f"killed {kills}") == metrics(folder, f"not killed {kills}")
+    checkpoints = folder / f"killed {kills}" / "checkpoints"
+    assert len(list(checkpoints.glob("step-*"))) == 2
+    return found, checkpoints
+
+
+def test_killed_while_saving(folder: Path) -> None:
+    found, _ = killed(folder, 6)
+    assert found["kills"] == 6
+    assert found["during_saves"] >= 2, "no save was hit: the test tests nothing"
+
+
+@pytest.mark.slow
+def test_killed_forty_times_while_saving(folder: Path) -> None:
+    found, _ = killed(folder, 40)
+    assert found["kills"] == 40
+    assert found["during_saves"] >= 20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 1 MB, and a quarter: room for one checkpoint of these runs."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1280k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a small filesystem is mounted by root only")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def resize(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+def test_a_full_disk(folder: Path, small_disk: Path) -> None:
+    """In the second checkpoint; then in the logs, from the first step on. With room again the run goes on."""
+    in_save = {**settings(folder, "x", checkpoint={"every_steps": 4, "keep": 3}), "run": str(small_disk / "run")}
+    (outcome,) = run_ranks(1, train_all, [in_save])[0]
+    code, message = outcome
+    assert code == 1
+    assert "step-00000008" in message or ".partial-00000008" in message
+    assert "No space left on device" in message
+    checkpoints = small_disk / "run" / "checkpoints"
+    assert (checkpoints / "latest").read_text() == "step-00000004\n"
+    first = checkpoints / "step-00000004"
+    assert checksums.problems(first, checksums.read(first), content=True) == []
+
+    # Nothing left at all: steps go on without their lines, up to the checkpoint that wants them.
+    resize(small_disk, "2304k")
+    filler = small_disk / "filler"
+    in_logs = {**in_save, "logging": {"tensorboard": True, "wandb": "offline"}, "checkpoint": {"every_steps": 0}}
+    (outcome,) = run_ranks(1, fill_then_train, in_logs, filler)
+    code, message = outcome
+    assert code == 1
+    assert "metrics.jsonl: cannot be written: No space left on device: free space there, then start the same" in message
+    assert (checkpoints / "latest").read_text() == "step-00000004\n"
+    filler.unlink()
+    resize(small_disk, "16m")
+    straight = settings(folder, "enough room")
+    assert run_ranks(1, train_all, [in_save, straight]) == [[(0, "")] * 2]
+    assert metrics(small_disk, "run") == metrics(folder, "enough room")
+
+
+def fill_then_train(rank: int, recipe: dict[str, Any], filler: Path) -> tuple[int, str]:
+    """Fill the disk once the run has started, and train to the end."""
+    from remit_megatron.train.loop import Trainer
+
+    original = Trainer.run
+
+    def run(self: Trainer, signals: Any) -> None:
+        with filler.open("wb", buffering=0) as stream:
+            try:
+                while stream.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+        original(self, signals)
+        raise AssertionError("it came to its end on a full disk")
+
+    Trainer.run = run  # type: ignore[method-assign]
+    return train_all(rank, [recipe])[0]
