@@ -98,14 +98,15 @@ class TokenizerFile:
         return int(found)
 
     def _configured_eos(self) -> str | None:
-        config = self.path.parent / "tokenizer_config.json"
-        if not config.is_file():
-            return None
-        try:
-            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{config}: no valid JSON object: {error}") from None
-        return eos.get("content") if isinstance(eos, dict) else eos
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            config = self.path.parent / name
+            try:
+                eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{config}: no valid JSON object: {error}") from None
+            if eos:
+                return eos.get("content") if isinstance(eos, dict) else eos
+        return None
 
 
 class HuggingFace:

@@ -81,8 +81,8 @@ def _splits_by_pattern(pre_tokenizer: dict[str, object] | None) -> bool:
             splits = True
         elif part["type"] in SPLITTERS:
             splits = splits or part["type"] in SPLITTERS[:3]
-        elif part["type"] == "ByteLevel" and not part["add_prefix_space"]:
-            splits = splits or bool(part["use_regex"])
+        elif part["type"] == "ByteLevel" and not part.get("add_prefix_space", True):
+            splits = splits or bool(part.get("use_regex", True))  # older files lack it
         else:
             return False
     return splits

@@ -77,7 +77,7 @@ def check_loader(name: str) -> None:
         and importlib.util.find_spec("nvidia.dali" if importlib.util.find_spec("nvidia") else "nvidia") is None
     ):
         raise UserError(
-            "data.loader = 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda120, or use loader = 'default'"
+            "data.loader = 'dali' needs NVIDIA DALI: pip install 'remit-megatron[dali]', or use loader = 'default'"
         )
 
 

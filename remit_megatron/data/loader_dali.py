@@ -27,7 +27,7 @@ class DaliLoader:
             from nvidia.dali.pipeline import Pipeline
         except ImportError:
             raise UserError(
-                "data.loader = 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda120, or use loader = 'default'"
+                "data.loader = 'dali' needs NVIDIA DALI: pip install 'remit-megatron[dali]', or use loader = 'default'"
             ) from None
         self.plan = plan
         self.device = device

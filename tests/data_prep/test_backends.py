@@ -156,6 +156,21 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 """
 
 
+def test_tokenizer_files_of_older_versions(tokenizer_dirs: dict[str, Path]) -> None:
+    """They lack `use_regex`, which is on then; tokens that take the space after them forbid to cut before one."""
+    file = TokenizerFile.load(tokenizer_dirs["gpt2"])
+    content = json.loads(file.content)
+    del content["pre_tokenizer"]["use_regex"]
+    older = dataclasses.replace(file, content=json.dumps(content))
+    assert safe_to_cut(older, HuggingFace(older))
+    content["added_tokens"][0]["rstrip"] = True
+    greedy = dataclasses.replace(file, content=json.dumps(content))
+    whole, _ = HuggingFace(greedy).encode(["<|endoftext|> a"])
+    apart, _ = HuggingFace(greedy).encode(["<|endoftext|>", " a"])
+    assert not np.array_equal(whole, apart)
+    assert not safe_to_cut(greedy, HuggingFace(greedy))
+
+
 def repeated_ids(file: TokenizerFile, block: str, repeats: int) -> np.ndarray:
     """Ids of a block over and over, from what one more of them adds, which is seen to add the same again.
 
@@ -226,7 +241,9 @@ def test_memory_of_large_inputs(kind: str, tmp_path: Path, tokenizer_dirs: dict[
     assert peak_mib < 400, f"{peak_mib:.0f} MiB at peak"
 
 
-def test_whole_documents_have_a_lower_limit(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+def test_whole_documents_have_a_lower_limit(
+    tmp_path: Path, tokenizer_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """`tokenizers` needs 100 bytes for each byte of a document that it may not cut."""
     content = json.loads((tokenizer_dirs["sentencepiece"] / "tokenizer.json").read_text())
     content["model"]["byte_fallback"] = False  # gigatoken cannot load that
@@ -237,6 +254,9 @@ def test_whole_documents_have_a_lower_limit(tmp_path: Path, tokenizer_dirs: dict
     )
     manifest = tokenize(settings)
     assert (manifest.num_documents, manifest.provenance["bad"]) == (1, 1)
+    said = capsys.readouterr().err
+    assert "1 pieces: gigatoken cannot load" in said
+    assert "documents above 2 MiB are put aside, because it takes them whole: --max-document-mib" in said
     assert "longer than 2,097,152 bytes" in (tmp_path / "data.bad.jsonl").read_text()
     whole = tokenize(dataclasses.replace(settings, max_document_mib=3, overwrite=True))
     assert (whole.num_documents, whole.provenance["bad"]) == (2, 0)

@@ -1,16 +1,21 @@
 """Files as they are found in the wild: read as meant, or refused by name."""
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 from tokenizers import Tokenizer
 
+import remit_megatron
 from data_prep.tokenize import TokenizeSettings, tokenize
 from remit_megatron.data.indexed import open_index
 from remit_megatron.errors import UserError
@@ -145,3 +150,79 @@ def test_nothing_usable_says_why(tmp_path: Path, texts_of: Callable[..., list[st
     (tmp_path / "a.jsonl").write_bytes(lines(["x"]).decode().encode("utf-16"))
     with pytest.raises(UserError, match=r"no token to write: .* for example at byte 0: no valid JSON"):
         texts_of(tmp_path / "a.jsonl")
+
+
+def test_manifest_says_what_was_made_of_what(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """Every field against what the files themselves hold."""
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS) + b"bad\n")
+    folder, output = tokenizer_dirs["olmo2"], tmp_path / "data"
+    tokenize(
+        TokenizeSettings(
+            inputs=[str(tmp_path / "a.jsonl")], tokenizer=str(folder), output=str(output), workers=1, append_eod=True
+        )
+    )
+    found = json.loads(Path(f"{output}.manifest.json").read_text())
+    tokens = np.fromfile(f"{output}.bin", dtype=np.uint16)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    source = (tmp_path / "a.jsonl").read_bytes()
+
+    def sha256(raw: bytes) -> str:
+        return hashlib.sha256(raw).hexdigest()
+
+    assert len(found.pop("checksum")) == 64
+    for key in ("padding", "truncation"):
+        content.pop(key)
+    assert found == {
+        "format": 1,
+        "tool": f"remit-megatron {remit_megatron.__version__}",
+        "dtype": "uint16",
+        "num_tokens": len(tokens),
+        "num_documents": 4,
+        "num_sequences": 4,
+        "largest_id": int(tokens.max()),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "eod_id": tokenizer.token_to_id("<|endoftext|>"),
+        "tokenizer_hash": sha256(json.dumps(content, sort_keys=True).encode()),
+        "bin_bytes": 2 * len(tokens),
+        "block_bytes": 64 << 20,
+        "bin_sha256": [sha256(tokens.tobytes())],
+        "idx_sha256": sha256(Path(f"{output}.idx").read_bytes()),
+        "provenance": {
+            "command": "tokenize",
+            "inputs": [
+                {
+                    "path": str(tmp_path / "a.jsonl"),
+                    "kind": "jsonl",
+                    "bytes": len(source),
+                    "first_last_mib_sha256": sha256(source + source),
+                }
+            ],
+            "text_key": "text",
+            "backend": f"gigatoken {version('gigatoken')}",
+            "shard": None,
+            "empty": 1,
+            "bad": 1,
+        },
+    }
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_eod_token_of_the_tokenizer(name: str, tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """Written as a string or an object, in either file; where neither has one, the message lists the added tokens."""
+    (tmp_path / "a.txt").write_text("one")
+    shutil.copy(tokenizer_dirs["olmo2"] / "tokenizer.json", tmp_path)
+    settings = TokenizeSettings(
+        inputs=[str(tmp_path / "a.txt")], tokenizer=str(tmp_path), output=str(tmp_path / "data"), workers=1,
+        append_eod=True, overwrite=True,
+    )  # fmt: skip
+    for eos in ("<|endoftext|>", {"content": "<|endoftext|>"}):
+        (tmp_path / name).write_text(json.dumps({"eos_token": eos}))
+        assert tokenize(settings).eod_id == 0
+    for text, message in (
+        ("{}", r"eos_token is missing; name the EOD token with --eod-token \(added tokens: <.endoftext.>\)"),
+        ("[]", f"{name}: no valid JSON object"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=message):
+            tokenize(settings)
