@@ -113,6 +113,17 @@ def separate_steps(optimizer: Any) -> None:
             state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
 
 
+def write_master_weights(chunks: list[Any], optimizer: Any) -> None:
+    """Write the optimizer's own weights into the model, as an update does. Collective."""
+    sharded = False
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if hasattr(part, "_copy_main_params_to_model_params"):
+            part._copy_main_params_to_model_params()
+        sharded = sharded or hasattr(part, "get_parameter_state_dp_zero")
+    for chunk in chunks if sharded else []:
+        chunk.start_param_sync(force_sync=True)
+
+
 def _gather_aligned(gather: Any, buffers: list[Any], *args: Any, **kwargs: Any) -> Any:
     state = gather(*args, **kwargs)
     if state is None:  # not the rank that gathers

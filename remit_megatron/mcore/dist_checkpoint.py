@@ -224,11 +224,24 @@ def load_model(folder: Path, chunks: list[Any]) -> None:
 
 
 def load_training(folder: Path, chunks: list[Any], optimizer: Any) -> None:
-    """Load weights and optimizer. Collective."""
+    """Load weights and optimizer. Collective.
+
+    Raises RunError where the optimizer's own weights are not the model's: its states then belong to other parameters.
+    """
     loaded = _load(_training_state(chunks, optimizer, is_loading=True), folder)
     _restore_model(loaded, chunks)
+    of_model = weights_checksum(chunks)
     optimizer.load_state_dict(loaded["optimizer"])
     compat.separate_steps(optimizer)
+    compat.write_master_weights(chunks, optimizer)
+    differs = torch.tensor([int(weights_checksum(chunks) != of_model)], device=_object_device())
+    dist.all_reduce(differs)
+    if differs.item():
+        raise RunError(
+            f"checkpoint {folder}: the optimizer's weights are not the model's: this version of Megatron-Core cannot "
+            "bring its optimizer states from the layout that wrote them into this one; go on in the layout that wrote "
+            "them, or start another run from these weights with model.init"
+        )
 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
