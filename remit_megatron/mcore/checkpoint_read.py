@@ -6,6 +6,7 @@ unpickler with a list of allowed names reads the first, and torch's restricted o
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class _Planner(MCoreLoadPlanner):
         try:
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise DamagedError(f"its object {name} is refused: {first_line(error)}") from None
+            raise DamagedError(f"its object {name} is refused: {_unsafe(error)}") from None
         # Transformer Engine would unpickle what is in it; the layers trained here leave it empty.
         size = loaded.numel() if isinstance(loaded, torch.Tensor) else len(getattr(loaded, "getvalue", bytes)())
         if "_extra_state" in name and size:
@@ -110,8 +111,16 @@ class LoadCommon(TorchCommonLoadStrategy):
         path = Path(checkpoint_dir) / COMMON_STATE_FNAME
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
+        except pickle.UnpicklingError as error:
+            raise DamagedError(f"{path}: refused: {_unsafe(error)}") from None
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
             raise DamagedError(f"{path}: refused: {first_line(error)}") from None
+
+
+def _unsafe(error: pickle.UnpicklingError) -> str:
+    """torch's own message recommends to trust the file."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"it names {found[1]}, which no checkpoint needs" if found else "it holds more than tensors and plain values"
 
 
 class LoadSharded(TorchDistLoadShardedStrategy):
