@@ -87,8 +87,24 @@ def test_readme_commands(smoke: Path) -> None:
             assert "resumes from step-" in run.stderr, "started again, it goes on"
 
 
+def test_reliability_commands(smoke: Path) -> None:
+    """Each line of docs/reliability.md, on the smoke run; the training lines with its few steps."""
+    lines = commands("docs/reliability.md")
+    assert [words[1] for words in lines] == ["status", "train", "train", "sync-wandb"]
+    few = [part for key, value in QUICK_OVERRIDES.items() for part in ("--set", f"{key}={value}")]
+    for words in lines:
+        more = few if words[1] == "train" else []
+        run = run_in(smoke, [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli", *words[1:], *more])
+        assert run.returncode == 0, f"{shlex.join(words)}: {run.stderr}"
+        if words[1] == "status":
+            assert "state       done (exit code 0)" in run.stdout
+        if words[1] == "sync-wandb":
+            assert "of project remit, from metrics.jsonl: " in run.stdout
+    assert list((smoke / "runs/smoke/remit").glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_makefile_has_the_targets_of_the_readme() -> None:
     targets = {words[1] for words in commands("README.md") if words[0] == "make"}
     assert targets == {"smoke", "test", "test-slow"}
-    for target in targets:
+    for target in {*targets, "docker-smoke", "test-image"}:
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint._nested_dict import set_element
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 from remit_megatron.data import checksums
 from remit_megatron.errors import DamagedError
@@ -46,12 +46,22 @@ ALLOWED = {
     "torch": {"Size", *(str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype))},
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
 }
 """What .metadata is made of: names of classes, and two functions that look a constant up."""
 
 
+def _member(of: Any, name: str) -> Any:
+    """In place of getattr, by which some versions of Python, such as 3.11.2, pickle the member of an enumeration."""
+    if of is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError("it asks for an attribute, which no checkpoint needs")
+    return of[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)

@@ -68,7 +68,7 @@ class CheckpointFolder:
             # A kill between the two renames of the very first commit leaves a complete checkpoint without a pointer.
             complete = sorted(meta.parent for meta in self.folder.glob("step-*/meta.json"))
             return complete[-1] if complete else None
-        return self.folder / pointer.read_text().strip()
+        return self.folder / (Path(pointer.read_text().strip()).name or "nothing")
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint. Raises DamagedError when the pointer names one that is not there."""
@@ -84,9 +84,9 @@ class CheckpointFolder:
         return DamagedError(f"{problem}: restore it; {remedy}")
 
     def before(self, path: Path) -> list[Path]:
-        """Complete checkpoints older than `path`, the newest first."""
-        older = [meta.parent for meta in self.folder.glob("step-*/meta.json") if meta.parent.name < path.name]
-        return sorted(older, reverse=True)
+        """Complete checkpoints older than `path`, the newest first; all of them where its name is no checkpoint's."""
+        complete = sorted((meta.parent for meta in self.folder.glob("step-*/meta.json")), reverse=True)
+        return [found for found in complete if found.name < path.name or not path.name.startswith("step-")]
 
     def pass_over(self, damaged: list[Path], chosen: Path) -> None:
         """Go on from `chosen`: the damaged ones get another name. Raises RunError where that cannot be."""
@@ -95,7 +95,7 @@ class CheckpointFolder:
             for path in damaged:
                 aside = self.folder / f"damaged-{path.name.removeprefix('step-')}"
                 shutil.rmtree(aside, ignore_errors=True)
-                if path.exists():
+                if path.exists() and path.name.startswith("step-"):
                     os.rename(path, aside)
             fsync_folder(self.folder)
 

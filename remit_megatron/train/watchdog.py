@@ -21,6 +21,7 @@ from remit_megatron.config import Watchdog as Limits
 from remit_megatron.errors import HangError, LostRankError
 from remit_megatron.train.status import Status
 
+STDERR = 2
 REPORT_S = 20.0
 """How long writing the stacks may take: the filesystem may be what hangs."""
 GRACE_S = 5.0
@@ -43,8 +44,8 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self.limits.step_timeout_s:
             if not faulthandler.is_enabled():
-                faulthandler.enable()  # a crash, or an abort by NCCL, leaves its stacks in the log
-            faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
+                faulthandler.enable(STDERR)  # a crash, or an abort by NCCL, leaves its stacks in the log
+            faulthandler.register(signal.SIGALRM, STDERR, all_threads=True, chain=True)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._enter(None, self._phase)
             self._thread.start()

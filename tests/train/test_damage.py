@@ -67,6 +67,21 @@ def outcomes(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("pointer", ["", "../../elsewhere\n", "step-00000099\n"])
+def test_a_pointer_to_nothing(folder: Path, outcomes: dict[str, Any], tmp_path: Path, pointer: str) -> None:
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints", keep=1)
+    shutil.copytree(folder / "sound" / "checkpoints", checkpoints.folder)
+    (checkpoints.folder / "latest").write_text(pointer)
+    with pytest.raises(DamagedError, match=f"which is not complete: restore it; or start with .*{NEWEST}"):
+        checkpoints.latest()
+    named = checkpoints.named()
+    assert named is not None
+    assert [path.name for path in checkpoints.before(named)] == [NEWEST, OLDER]
+    checkpoints.pass_over([named], checkpoints.before(named)[0])
+    assert checkpoints.latest() == checkpoints.folder / NEWEST
+    assert len(list(checkpoints.folder.iterdir())) == 3
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_found(folder: Path, outcomes: dict[str, Any], tmp_path: Path, name: str) -> None:
     damage, message = DAMAGES[name]
@@ -219,3 +234,28 @@ def test_no_pickle_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "mkdir" in stored
     assert "it holds a pickle for Transformer Engine" in hidden
     assert not (tmp_path / "owned").exists()
+
+
+class Attribute:
+    """Pickled as Python 3.11.2 pickles the member of an enumeration."""
+
+    def __init__(self, of: Any, name: str):
+        self.of, self.name = of, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.of, self.name)
+
+
+def test_attributes_in_metadata(tmp_path: Path) -> None:
+    """Members of the one enumeration that a description has are read, and nothing is reached through a class."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+
+    from remit_megatron.mcore.checkpoint_read import Reader
+
+    (tmp_path / ".metadata").write_bytes(
+        pickle.dumps(Metadata({}, Attribute(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")))
+    )
+    assert Reader(tmp_path).read_metadata().planner_data is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, Attribute(Metadata, "__init__"))))
+    with pytest.raises(DamagedError, match="refused: it asks for an attribute"):
+        Reader(tmp_path).read_metadata()
