@@ -4,9 +4,12 @@ Megatron and torch keep a pickle in .metadata, one in common.pt, and one for eac
 unpickler with a list of allowed names reads the first, and torch's restricted one the others.
 """
 
+import contextlib
 import io
+import os
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     TorchDistLoadShardedStrategy,
@@ -56,6 +59,10 @@ def _member(of: Any, name: str) -> Any:
     if of is not _MEM_FORMAT_ENCODING:
         raise pickle.UnpicklingError("it asks for an attribute, which no checkpoint needs")
     return of[name]
+
+
+ANYTHING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""Environment variable by which torch unpickles whatever it is given."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -114,11 +121,11 @@ class _Planner(MCoreLoadPlanner):
             self.state_dict[name] = loaded
 
 
-class LoadCommon(TorchCommonLoadStrategy):
+class LoadCommon(getattr(common, "TorchCommonLoadStrategy", object)):
     """common.pt through torch's restricted unpickler, whatever the environment asks torch for."""
 
     def load_common(self, checkpoint_dir: Any) -> Any:
-        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
+        path = Path(checkpoint_dir) / common.COMMON_STATE_FNAME
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -136,7 +143,7 @@ def _unsafe(error: pickle.UnpicklingError) -> str:
 class LoadSharded(TorchDistLoadShardedStrategy):
     """Megatron's own way to load, with the reader and the planner above."""
 
-    def load(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Path, *newer: Any) -> Any:
         tensors = [t for t in nested_values(sharded_state_dict) if hasattr(t, "allow_shape_mismatch")]
         original = sharded_state_dict
         sharded, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
@@ -155,6 +162,25 @@ class LoadSharded(TorchDistLoadShardedStrategy):
         loaded = _replace_sharded_keys_with_state_dict_keys(loaded, flat, renamed)
         _restore_dict_types(loaded, original)
         return loaded
+
+
+@contextlib.contextmanager
+def distrusting(folder: Path) -> Iterator[list[Any]]:
+    """Yields the strategies for dist_checkpointing.load inside which no pickle of the checkpoint runs code.
+
+    From 0.17 on Megatron-Core loads what ranks have in common by functions of its own: torch is told to use its
+    restricted unpickler in all of them.
+    """
+    Reader(folder).read_metadata()
+    before = {name: os.environ.pop(name, None) for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", ANYTHING)}
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield [LoadSharded(), *([LoadCommon()] if hasattr(common, "TorchCommonLoadStrategy") else [])]
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def cause(error: BaseException) -> BaseException:

@@ -57,14 +57,17 @@ def describe_fp8(device_type: str) -> tuple[bool, str]:
 def align_optimizer_state(optimizer: Any) -> None:
     """Make the distributed optimizer's checkpoint hold each state under its own parameter.
 
-    Megatron-Core 0.16.1 gathers the buckets of a buffer without the padding between them, then slices the result by
+    Megatron-Core up to 0.19 gathers the buckets of a buffer without the padding between them, then slices the result by
     positions that count the padding: with several buckets (tied embeddings under pipelining, overlapped reduction)
     states are saved shifted, and the last ones as zeros, with a warning at most. The gathered tensors are therefore
-    laid out with the padding before they are sliced. Idempotent; does nothing for other optimizers.
+    laid out with the padding before they are sliced. Idempotent; does nothing for other optimizers, nor where a newer
+    release accounts for the padding itself.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         gather = getattr(part, "get_parameter_state_dp_zero", None)
-        if gather is not None and not getattr(gather, "is_aligned", False):
+        if gather is None or "padding_adjustment" in part.sharded_param_state_fully_reshardable.__code__.co_varnames:
+            continue
+        if not getattr(gather, "is_aligned", False):
             aligned = functools.partial(_gather_aligned, gather, part.buffers)
             aligned.is_aligned = True  # type: ignore[attr-defined]
             part.get_parameter_state_dp_zero = aligned

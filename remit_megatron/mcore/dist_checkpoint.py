@@ -31,7 +31,7 @@ from remit_megatron.data import checksums
 from remit_megatron.data.files import sync_file, write_atomically
 from remit_megatron.errors import DamagedError, RunError, UserError
 from remit_megatron.mcore import compat
-from remit_megatron.mcore.checkpoint_read import LoadCommon, LoadSharded, cause, first_line, verify
+from remit_megatron.mcore.checkpoint_read import cause, distrusting, first_line, verify
 from remit_megatron.mcore.collectives import failure_of_ranks
 from remit_megatron.mcore.step import unwrap
 from remit_megatron.processes import die_with_parent
@@ -249,7 +249,8 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
     verify(folder)
     try:
-        return dist_checkpointing.load(state, folder, LoadSharded(), LoadCommon())
+        with distrusting(folder) as strategies:
+            return dist_checkpointing.load(state, folder, *strategies)
     except DamagedError:
         raise
     except (
