@@ -39,5 +39,5 @@ RUN python -c "import re, tomllib; print(*(d for d in tomllib.load(open('pyproje
     && pip install --no-cache-dir -r /tmp/requirements.txt \
     && rm /tmp/requirements.txt
 COPY . ./
-RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && remit doctor
+RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && remit --version
 CMD ["remit", "doctor"]

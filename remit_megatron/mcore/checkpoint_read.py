@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
@@ -112,13 +113,20 @@ class _Planner(MCoreLoadPlanner):
         except pickle.UnpicklingError as error:
             raise DamagedError(f"its object {name} is refused: {_unsafe(error)}") from None
         # Transformer Engine would unpickle what is in it; the layers trained here leave it empty.
-        size = loaded.numel() if isinstance(loaded, torch.Tensor) else len(getattr(loaded, "getvalue", bytes)())
-        if "_extra_state" in name and size:
+        if "_extra_state" in name and _has_bytes(loaded):
             raise DamagedError(f"its object {name} is refused: it holds a pickle for Transformer Engine")
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], loaded)
         else:
             self.state_dict[name] = loaded
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, list | tuple | dict):
+        return any(_has_bytes(item) for item in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, torch.Tensor):
+        return value.numel() > 0
+    return bool(value.getvalue() if isinstance(value, io.BytesIO) else value)
 
 
 class LoadCommon(getattr(common, "TorchCommonLoadStrategy", object)):
@@ -144,7 +152,7 @@ class LoadSharded(TorchDistLoadShardedStrategy):
     """Megatron's own way to load, with the reader and the planner above."""
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path, *newer: Any) -> Any:
-        tensors = [t for t in nested_values(sharded_state_dict) if hasattr(t, "allow_shape_mismatch")]
+        tensors = [t for t in nested_values(sharded_state_dict) if isinstance(t, ShardedTensor)]
         original = sharded_state_dict
         sharded, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         state = mcore_to_pyt_state_dict(sharded, True)

@@ -26,8 +26,8 @@ def flip(path: Path, at: int = -40) -> None:
     path.write_bytes(content)
 
 
-# Name of the case: what it does to a checkpoint folder, and what the refusal names. The first three are trained from.
-TRAINED = ("missing", "one bit", "no meta.json")
+# Name of the case: what it does to a checkpoint folder, and what the refusal names. Two are trained from.
+TRAINED = ("missing", "one bit")
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda c: (c / SHARD).unlink(), f"{SHARD} is missing"),
     "truncated": (lambda c: os.truncate(c / SHARD, 1000), f"{SHARD} has 1,000 bytes in place of "),
@@ -41,30 +41,33 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(folder: Path) -> dict[str, Any]:
-    """Two ranks start from damaged copies of one run, as they are and with --fallback."""
-    layout = {"parallel": {"tensor": 2}}
-    assert run_ranks(2, train_all, [settings(folder, "sound", **layout)]) == [[(0, "")]] * 2
-    for name in TRAINED:
-        shutil.copytree(folder / "sound", folder / name)
-        DAMAGES[name][0](folder / name / "checkpoints" / NEWEST)
-    shutil.copytree(folder / "sound", folder / "both")
-    for path in (folder / "both" / "checkpoints").glob("step-*"):
-        (path / SHARD).unlink()
-    shutil.copytree(folder / "base", folder / "damaged base")
-    flip(folder / "damaged base" / "checkpoints" / NEWEST / "__0_0.distcp")
+def start_all(rank: int, folder: Path) -> tuple[Any, Any]:
+    """On one of two ranks: start from damaged copies of one run, as they are and with --fallback."""
+    import torch.distributed as dist
 
+    layout = {"parallel": {"tensor": 2}}
+    assert train_all(rank, [settings(folder, "sound", **layout)]) == [(0, "")]
+    if rank == 0:
+        for name in TRAINED:
+            shutil.copytree(folder / "sound", folder / name)
+            DAMAGES[name][0](folder / name / "checkpoints" / NEWEST)
+        shutil.copytree(folder / "sound", folder / "both")
+        for path in (folder / "both" / "checkpoints").glob("step-*"):
+            (path / SHARD).unlink()
+        shutil.copytree(folder / "base", folder / "damaged base")
+        flip(folder / "damaged base" / "checkpoints" / NEWEST / "__0_0.distcp")
+    dist.barrier()
     recipes = [settings(folder, name, **layout) for name in (*TRAINED, "both")]
     guided = remit(folder, "guided by damage", reference={"path": str(folder / "damaged base")}, **layout)
-    refused = run_ranks(2, train_all, [*recipes, guided])
-    fallen_back = run_ranks(2, train_all, recipes, None, True)
-    assert refused[0] == refused[1], "every rank says the same"
+    return train_all(rank, [*recipes, guided]), train_all(rank, recipes, fallback=True)
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, Any]:
+    first, second = run_ranks(2, start_all, folder)
+    assert first == second, "every rank says the same"
     names = [*TRAINED, "both", "reference"]
-    return {
-        "refused": dict(zip(names, refused[0], strict=True)),
-        "back": dict(zip(names, fallen_back[0], strict=False)),
-    }
+    return {key: dict(zip(names, found, strict=False)) for key, found in zip(("refused", "back"), first, strict=True)}
 
 
 @pytest.mark.parametrize("pointer", ["", "../../elsewhere\n", "step-00000099\n"])

@@ -69,7 +69,10 @@ def resize(disk: Path, size: str) -> None:
 
 def test_a_full_disk(folder: Path, small_disk: Path) -> None:
     """In the second checkpoint; then in the logs, from the first step on. With room again the run goes on."""
-    in_save = {**settings(folder, "x", checkpoint={"every_steps": 4, "keep": 3}), "run": str(small_disk / "run")}
+    # So many that their lines take more than what is left of a page.
+    schedule = {"train_tokens": 40 * SEQUENCE * SAMPLES, "warmup_tokens": 0}
+    in_save = settings(folder, "x", checkpoint={"every_steps": 4, "keep": 3}, schedule=schedule)
+    in_save["run"] = str(small_disk / "run")
     (outcome,) = run_ranks(1, train_all, [in_save])[0]
     code, message = outcome
     assert code == 1
@@ -91,7 +94,7 @@ def test_a_full_disk(folder: Path, small_disk: Path) -> None:
     assert (checkpoints / "latest").read_text() == "step-00000004\n"
     filler.unlink()
     resize(small_disk, "16m")
-    straight = settings(folder, "enough room")
+    straight = settings(folder, "enough room", schedule=schedule)
     assert run_ranks(1, train_all, [in_save, straight]) == [[(0, "")] * 2]
     assert metrics(small_disk, "run") == metrics(folder, "enough room")
 
