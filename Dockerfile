@@ -1,4 +1,4 @@
-# Two images. `train`, the default, for GPUs: on NVIDIA's PyTorch image, whose torch, Transformer Engine and Apex it keeps.
+# Two images. `train`, the default, for GPUs: on NVIDIA's PyTorch image, and it keeps its torch, Transformer Engine, Apex.
 # `cpu-smoke`, for any machine: on plain Python or Debian, with everything that `make smoke` needs.
 #
 #   docker build -t remit-megatron .
