@@ -47,7 +47,7 @@ def _add_tokenize(commands: Any) -> None:
     )
     parser.add_argument("--vocab-size", type=_positive, help="rows of the model's vocabulary, where more than the ids")
     parser.add_argument("--text-lines", action="store_true", help="in plain text a line is a document, not a file")
-    parser.add_argument("--max-bad", type=int, default=1000, help="unreadable documents to put aside; default: 1000")
+    parser.add_argument("--max-bad", type=_count, default=1000, help="unreadable documents to put aside; default: 1000")
     parser.add_argument(
         "--max-document-mib", type=_positive, help="longer ones are put aside; default: 64, or 2 where memory needs it"
     )
@@ -187,6 +187,13 @@ def _select(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps(report, indent=1))
     return 0
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
 
 
 def _positive(text: str) -> int:

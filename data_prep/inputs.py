@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import os
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ SUFFIXES = {
     ".jsonl.zst": "jsonl.zst", ".ndjson.zst": "jsonl.zst", ".json.zst": "jsonl.zst",
     ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
+CARDS = ("README.md", "dataset_infos.json", "dataset_info.json")
+"""What describes a dataset in its folder: no input where the folder holds data of another kind than plain text."""
+WORK_SUFFIX = ".parts"
+OUR_SUFFIXES = (".manifest.json", ".bad.jsonl", ".select.json")
 WHOLE_JSON_BYTES = 64 << 20
 HUB_PREFIX = "hf:"
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
@@ -105,6 +109,20 @@ def plan_tasks(inputs: list[Input], task_bytes: int, text_key: str) -> list[Task
     return tasks
 
 
+def check_unchanged(inputs: list[Input]) -> None:
+    """Raise UserError where a file is no longer what it was when the run was planned."""
+    for source in inputs:
+        if source.kind in ("hub", "arrow"):
+            continue
+        try:
+            stat = os.stat(source.path)
+            same = (stat.st_size, stat.st_mtime_ns) == (source.size, source.mtime_ns)
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"{source.path}: changed while it was read; delete the work folder and start again")
+
+
 def take_shard(tasks: list[Task], index: int, count: int) -> list[Task]:
     """Consecutive tasks of about 1/count of the bytes, so that the shards' outputs in order are the whole output."""
     if count > len(tasks):
@@ -173,10 +191,22 @@ def _expand_folder(path: Path, text_lines: bool) -> list[Input]:
         return [
             Input(str(path), "arrow", sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0))
         ]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) and not p.name.startswith("."))
+    files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) and not _is_ours_or_hidden(p, path))
+    kinds = [_kind(file, text_lines) for file in files]
+    if any(kind not in ("text", "lines") and file.name not in CARDS for file, kind in zip(files, kinds, strict=True)):
+        kept = [file.name not in CARDS for file in files]
+        files, kinds = list(compress(files, kept)), list(compress(kinds, kept))
     if not files:
         raise UserError(f"{path}: holds no file with one of the endings {', '.join(SUFFIXES)}")
-    return [_input(file, _kind(file, text_lines)) for file in files]
+    return [_input(file, kind) for file, kind in zip(files, kinds, strict=True)]
+
+
+def _is_ours_or_hidden(path: Path, root: Path) -> bool:
+    """What this tool wrote into the folder that it reads, and hidden files: no input."""
+    if path.name.startswith(".") or any(part.endswith(WORK_SUFFIX) for part in path.relative_to(root).parts[:-1]):
+        return True
+    prefixes = [str(path).removesuffix(ending) for ending in OUR_SUFFIXES if path.name.endswith(ending)]
+    return any(os.path.exists(f"{prefix}{ending}") for prefix in prefixes for ending in (".idx", WORK_SUFFIX))
 
 
 def _suffix(path: Path) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.writer import CHUNK, DatasetWriter
+from data_prep.writer import CHUNK, DatasetWriter, check_prefix
 from remit_megatron.data.indexed import IndexedTokens, bin_path, idx_path, open_index
 from remit_megatron.data.manifest import Manifest, fingerprint, manifest_path, quick_verify
 from remit_megatron.errors import UserError
@@ -55,7 +55,8 @@ def owned_manifest(prefix: str) -> Manifest:
 
 
 def refuse_existing(output: str, overwrite: bool) -> None:
-    """Raise UserError where a dataset of that name exists and may not be replaced."""
+    """Raise UserError where a dataset of that name exists and may not be replaced, or the name is a folder's."""
+    check_prefix(output)
     if idx_path(output).exists() and not overwrite:
         raise UserError(f"{idx_path(output)}: exists already; use --overwrite or another --output")
 

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,14 +20,24 @@ from typing import Any
 from data_prep.assemble import Assembler, finish, remove_folder
 from data_prep.backends import HuggingFace, TokenizerFile, backend_version, choose_backend, clip, limit_threads
 from data_prep.cuts import safe_to_cut
-from data_prep.inputs import TASK_BYTES, Input, Task, expand_inputs, plan_tasks, take_shard
+from data_prep.inputs import (
+    TASK_BYTES,
+    WORK_SUFFIX,
+    Input,
+    Task,
+    check_unchanged,
+    expand_inputs,
+    plan_tasks,
+    take_shard,
+)
 from data_prep.progress import Meter
 from data_prep.readers import read_task
 from data_prep.worker import PART_BYTES, Encoder, Job, Progress, run_task, worker_main
+from data_prep.writer import check_prefix
 from remit_megatron.data.files import write_atomically, writing
 from remit_megatron.data.indexed import dtype_for, idx_path
 from remit_megatron.data.manifest import Manifest
-from remit_megatron.errors import RunError, UserError
+from remit_megatron.errors import RunError, StopRequested, UserError
 
 DOCUMENT_MIB = 64
 WHOLE_DOCUMENT_MIB = 2
@@ -73,14 +84,22 @@ class Plan:
 def tokenize(settings: TokenizeSettings) -> Manifest:
     """Make the dataset, or go on where an earlier start of the same command stopped.
 
-    Raises UserError for a mistake in the inputs, RunError for a disk or worker that fails; both leave what was done so
-    far on disk, and the same command goes on from there.
+    Raises UserError for a mistake in the inputs, RunError for a disk or worker that fails, StopRequested for Ctrl-C.
+    Each leaves what was done so far on disk, and the same command goes on from there.
     """
-    folder = Path(f"{settings.output}.parts")
+    check_prefix(settings.output)
+    folder = Path(f"{settings.output}{WORK_SUFFIX}")
     if not folder.exists():
         remove_folder(folder)
     if idx_path(settings.output).exists() and not settings.overwrite and not folder.exists():
         raise UserError(f"{idx_path(settings.output)}: exists already; use --overwrite or another --output")
+    try:
+        return _plan_and_run(settings, folder)
+    except KeyboardInterrupt:
+        raise StopRequested(f"{folder}: interrupted; the same command goes on from what is done") from None
+
+
+def _plan_and_run(settings: TokenizeSettings, folder: Path) -> Manifest:
     inputs = expand_inputs(settings.inputs, text_lines=settings.text_lines)
     file = TokenizerFile.load(settings.tokenizer)
     with _locked(folder):
@@ -95,6 +114,8 @@ def _run(settings: TokenizeSettings, plan: Plan) -> Manifest:
     job = plan.job
     assembler = Assembler(job.folder, len(plan.tasks), dtype_for(job.vocab_size), settings.max_bad)
     workers = min(settings.workers or len(os.sched_getaffinity(0)), len(plan.tasks))
+    kinds = Counter(source.kind for source in plan.inputs)
+    _say(f"inputs: {', '.join(f'{count:,} {kind}' for kind, count in sorted(kinds.items()))}")
     _say(f"{plan.version}, {workers} workers, {len(plan.tasks)} pieces: {plan.why}")
     meter = Meter(sum(task.size for task in plan.tasks), done=assembler.state.disk_bytes)
     try:
@@ -104,6 +125,7 @@ def _run(settings: TokenizeSettings, plan: Plan) -> Manifest:
                 _run_here(plan, assembler, meter)
             else:
                 _run_processes(plan, assembler, meter, workers)
+        check_unchanged(plan.inputs)
         manifest = assembler.commit(settings.output, _manifest_identity(settings, plan))
     finally:
         assembler.close()

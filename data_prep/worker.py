@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -224,6 +225,7 @@ def worker_main(job: Job, tasks: list[Task], pipe: Connection) -> None:
 
     It ends when the pipe closes, so that no worker outlives a parent that was killed.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     limit_threads()
     parent = os.getppid()
 

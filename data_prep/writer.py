@@ -143,6 +143,12 @@ class DatasetWriter:
             path.unlink(missing_ok=True)
 
 
+def check_prefix(prefix: str) -> None:
+    """Raise UserError where a prefix names a folder: its files would be hidden, or lie beside the folder."""
+    if prefix.endswith(os.sep) or os.path.isdir(prefix):
+        raise UserError(f"--output {prefix}: a folder; a dataset is a prefix such as {prefix.rstrip(os.sep)}/corpus")
+
+
 def publish(prefix: str, bin_part: Path, idx_part: Path, manifest: Manifest) -> None:
     """Rename complete parts to PREFIX.bin and PREFIX.idx with the manifest between them.
 

@@ -1,5 +1,6 @@
 """Files as they are found in the wild: read as meant, or refused by name."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -87,6 +88,30 @@ def test_names_and_empty_files(tmp_path: Path, texts_of: Callable[..., list[str]
     os.symlink(folder / "a" / "x.jsonl", tmp_path / "link.jsonl")
     with pytest.raises(UserError, match=r"link.jsonl: named twice among the inputs \(also as .*a/x.jsonl\)"):
         texts_of(folder, tmp_path / "link.jsonl")
+
+
+def test_output_inside_the_input_folder(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """What an earlier or unfinished run left there is no input; nor is the card of a dataset beside its data."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(lines(["one", "two"]) + b"bad\n")
+    (folder / "README.md").write_text("---\nlicense: x\n---\n# Card")
+    settings = TokenizeSettings(
+        inputs=[str(folder)], tokenizer=str(tokenizer_dirs["olmo2"]), output=str(folder / "tokens"), workers=1,
+        overwrite=True, max_bad=0,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="--max-bad allows 0"):
+        tokenize(settings)
+    assert (folder / "tokens.parts" / "plan.json").exists()
+    first = tokenize(dataclasses.replace(settings, max_bad=1))
+    assert {path.name for path in folder.iterdir()} == {"a.jsonl", "README.md", "tokens.bin", "tokens.idx",
+                                                        "tokens.manifest.json", "tokens.bad.jsonl"}  # fmt: skip
+    assert tokenize(dataclasses.replace(settings, max_bad=1)) == first
+    (folder / "a.jsonl").unlink()
+    assert tokenize(settings).num_documents == 1, "a folder of plain text: its README is a document"
+    for output in (str(tmp_path / "new") + "/", str(folder)):
+        with pytest.raises(UserError, match="a folder; a dataset is a prefix such as"):
+            tokenize(dataclasses.replace(settings, output=output))
 
 
 def test_zstd_with_a_long_window(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:

@@ -243,17 +243,42 @@ def test_killed_worker_is_reported(
 def test_interrupt_from_the_keyboard(
     tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str, Path], undisturbed: Path
 ) -> None:
-    """The command line, stopped with SIGTERM, then resumed by another process."""
+    """The command line, stopped with Ctrl-C and with SIGTERM, then resumed by another process."""
     command = [sys.executable, "-m", "data_prep.cli", "data", "tokenize", str(corpus), "--append-eod", "--workers", "1"]
     command += ["--tokenizer", str(tokenizer_dirs["olmo2"]), "--output", str(tmp_path / "data")]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not Path(f"{tmp_path}/data.parts").exists() and first.poll() is None:
-        time.sleep(0.005)
-    first.terminate()
-    first.wait()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for number, code in ((signal.SIGINT, 75), (signal.SIGTERM, -signal.SIGTERM)):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        while "pieces:" not in (line := process.stderr.readline()) and line:
+            continue
+        process.send_signal(number)
+        said = process.communicate()[1]
+        if process.returncode == 0:
+            break  # it was done before the signal came
+        assert process.returncode == code, said
+        if number == signal.SIGINT:
+            assert said == f"remit: {tmp_path}/data.parts: interrupted; the same command goes on from what is done\n"
+    if not Path(f"{tmp_path}/data.idx").exists():
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     assert our_files(tmp_path / "data") == our_files(undisturbed)
+
+
+def test_input_that_changes_while_it_is_read(
+    tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(corpus, tmp_path / "in")
+    commit, changed = assemble.Assembler.advance, []
+
+    def advance(self: assemble.Assembler) -> None:
+        commit(self)
+        if self.done and not changed:
+            changed.append((tmp_path / "in" / "a.jsonl").write_bytes(b'{"text": "another"}\n'))
+
+    monkeypatch.setattr(assemble.Assembler, "advance", advance)
+    with pytest.raises(UserError, match=r"a.jsonl: changed while it was read"):
+        tokenize(settings(tmp_path / "in", tokenizer_dirs["olmo2"], tmp_path / "data"))
+    assert not (tmp_path / "data.idx").exists()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz"])
