@@ -366,8 +366,10 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: write it as key=value, for example optimizer.peak_lr=3e-4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
         value = text.strip()
+        if value.startswith(("'", '"', "[", "{")):
+            raise UserError(f"--set {override}: no valid TOML value: {error}") from None
     for name in names[:-1]:
         settings = settings.setdefault(name, {})
         if not isinstance(settings, dict):

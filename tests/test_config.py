@@ -67,7 +67,12 @@ def test_overrides(tmp_path: Path) -> None:
     )
     assert (recipe.optimizer.peak_lr, recipe.run, recipe.seed) == (1e-5, "runs/other", 7)
     assert recipe.build_objective().name == "remit"
-    for wrong, message in (("seed", "write it as key=value"), ("run.x=1", "run is not a section")):
+    for wrong, message in (
+        ("seed", "write it as key=value"),
+        ("run.x=1", "run is not a section"),
+        ("run='x", "--set run='x: no valid TOML value"),
+        ("data.train=[{path='a'}", "no valid TOML value"),
+    ):
         with pytest.raises(UserError, match=message):
             load_recipe(path, [wrong])
 

@@ -68,7 +68,7 @@ class CheckpointFolder:
             # A kill between the two renames of the very first commit leaves a complete checkpoint without a pointer.
             complete = sorted(meta.parent for meta in self.folder.glob("step-*/meta.json"))
             return complete[-1] if complete else None
-        return self.folder / (Path(pointer.read_text().strip()).name or "nothing")
+        return self.folder / (Path(pointer.read_text(errors="replace").strip()).name or "nothing")
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint. Raises DamagedError when the pointer names one that is not there."""
