@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup smoke docker-smoke test test-slow test-image lint bench clean
+.PHONY: setup smoke docker-smoke test test-slow test-image lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,9 @@ test-image: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.step --output benchmarks/results/step-$$(hostname -s).json
+
+bench-gpu: setup
+	PYTHON=$(BIN)/python benchmarks/gpu.sh
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -44,6 +44,7 @@ LIMITS = {
 """Ratio: direction, what it must reach, what it aims at."""
 
 L2_FLUSH_BYTES = 256 * 2**20
+MAX_GRADIENT_ERROR = 0.02
 
 
 @dataclass
@@ -259,6 +260,27 @@ def find_providers(wanted: list[str], device: str) -> tuple[dict[str, NLL], dict
     return found, absent
 
 
+def check_providers(providers: dict[str, NLL], absent: dict[str, str], device: str) -> dict[str, dict[str, float]]:
+    """Errors against float64 of each provider. One that fails or errs moves to `absent`; ours must do neither."""
+    errors: dict[str, dict[str, float]] = {}
+    for name, nll_of in list(providers.items()):
+        try:
+            error = errors_against_float64(nll_of, device)
+            # bfloat16 has 8 bits, and most providers round the gradient more than once.
+            if not error["gradient"] <= MAX_GRADIENT_ERROR:
+                raise RunError(
+                    f"wrong gradient under token weights (relative error {error['gradient']:.3f}): not timed"
+                )
+            errors[name] = error
+        except Exception as error:
+            # Whatever another implementation fails with here, the others are still measured.
+            if name == "ours":
+                raise
+            del providers[name]
+            absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return errors
+
+
 def machine(device: str) -> dict[str, str]:
     versions = {}
     for package in ("torch", "triton", "megatron-core", "liger-kernel"):
@@ -290,11 +312,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--repeats must be at least 2 to show a spread, got {options.repeats}")
     wanted = ["ours", *(name for name in options.providers if name != "ours")]
     providers, absent = find_providers(wanted, options.device)
-    errors = {name: errors_against_float64(nll_of, options.device) for name, nll_of in providers.items()}
-    for name, error in errors.items():
-        # bfloat16 has 8 bits, and most providers round the gradient more than once.
-        if error["gradient"] > 0.02:
-            raise RunError(f"{name} gives a wrong gradient (relative error {error['gradient']:.3f}): not timed")
+    errors = check_providers(providers, absent, options.device)
     results = []
     for vocab in options.vocab:  # one after the other: each holds several gigabytes
         setting = Setting(options.device, options.tokens, vocab, options.hidden, options.chunk_tokens)

@@ -45,6 +45,15 @@ def megatron_fused(device: str) -> NLL:
 def liger(device: str) -> NLL:
     if device != "cuda":
         raise UserError("its kernels need a CUDA device")
+    from liger_kernel.transformers import LigerVocabParallelCrossEntropy
+
+    loss = LigerVocabParallelCrossEntropy()  # what its Megatron integration runs; it takes [s, b, V] only
+    return lambda logits, labels: loss(logits[:, None], labels[:, None])[:, 0]
+
+
+def liger_whole_vocabulary(device: str) -> NLL:
+    if device != "cuda":
+        raise UserError("its kernels need a CUDA device")
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return lambda logits, labels: liger_cross_entropy(logits, labels, reduction="none")
@@ -64,6 +73,7 @@ PROVIDERS: dict[str, Callable[[str], NLL]] = {
     "megatron unfused": megatron_unfused,
     "megatron fused": megatron_fused,
     "liger": liger,
+    "liger, whole vocabulary": liger_whole_vocabulary,
     "compiled cross_entropy": compiled_cross_entropy,
 }
 

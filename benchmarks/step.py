@@ -10,6 +10,7 @@ forward and a backward of twice its cost. Times are noisy on a shared machine; t
     ntp           no reference
     remit         scored by the reference before each step
     remit-fp8     the same, the reference's linears in FP8
+    remit-graph   the same as remit, its pass replayed as a CUDA graph; on CUDA only
     remit-scores  scores come with the batch, as from a cache
 """
 
@@ -34,10 +35,13 @@ from remit_megatron.objectives import NTP, Remit
 from remit_megatron.shape import ModelShape
 from remit_megatron.train import flops
 
-ARMS = ("ntp", "remit", "remit-fp8", "remit-scores")
+ARMS = ("ntp", "remit", "remit-fp8", "remit-graph", "remit-scores")
+SCORED = ("remit", "remit-fp8", "remit-graph")
+"""Arms that run the reference."""
 LIMITS: dict[str, tuple[str, float | None, float]] = {
     "remit over ntp": ("<=", 1.37, 1.33),
     "remit-fp8 over ntp": ("<=", None, 1.20),
+    "remit-graph over ntp": ("<=", None, 1.33),
     "remit-scores over ntp": ("<=", 1.02, 1.00),
     "ntp mfu": (">=", 0.40, 0.50),
 }
@@ -105,10 +109,13 @@ class Bench:
     def __init__(self, setting: dict[str, Any], device: torch.device, arms: list[str]):
         """Raises UserError where `arms` has remit-fp8 and FP8 cannot run."""
         from remit_megatron.mcore import fp8, optim
+        from remit_megatron.mcore.graph import Replayed
         from remit_megatron.mcore.groups import initialize_groups
         from remit_megatron.mcore.model import Build, build_chunks
         from remit_megatron.mcore.step import make_forward_step
 
+        if "remit-graph" in arms and device.type != "cuda":
+            raise UserError("the arm remit-graph needs CUDA: leave it out with --arms")
         self.setting, self.device = setting, device
         self.groups = initialize_groups(Parallel(), seed=1)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -120,12 +127,13 @@ class Bench:
             self.chunks, Optimizer(peak_lr=1e-4), Schedule(train_tokens=1 << 40), Parallel(), dtype
         )
         reference: list[Any] = []
-        if {"remit", "remit-fp8"} & set(arms):
+        if set(SCORED) & set(arms):
             reference, _ = build_chunks(setting["shape"], Parallel(), build, max_sequence_length=length, scorer=True)
         self.products = fp8.quantise(reference, device, dtype) if "remit-fp8" in arms else []
         ntp = make_forward_step(NTP(), groups=self.groups)
         remit = make_forward_step(Remit(), reference, groups=self.groups)
-        self.arms = {arm: ntp if arm == "ntp" else remit for arm in arms}
+        graph = make_forward_step(Remit(), reference, groups=self.groups, graph=Replayed())
+        self.arms = {arm: {"ntp": ntp, "remit-graph": graph}.get(arm, remit) for arm in arms}
         self.generator = torch.Generator().manual_seed(0)
 
     def batches(self) -> list[dict[str, torch.Tensor]]:
@@ -149,7 +157,7 @@ class Bench:
         started = self._now()
         optim.zero_grads(self.chunks, self.optimizer)
         scored = started
-        if arm in ("remit", "remit-fp8"):
+        if arm in SCORED:
             with contextlib.nullcontext() if arm == "remit-fp8" else fp8.disabled(self.products):
                 forward_step.score(batches)
             scored = self._now()
@@ -243,7 +251,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--shape", choices=SHAPES, help="default: olmo2-1b on CUDA, small on CPU")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all on CUDA, ntp and remit on CPU")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, help="default: all but remit-graph on CUDA, ntp and remit on CPU"
+    )
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=10, help="steps of each arm that count")
     parser.add_argument("--output", type=Path)
@@ -255,7 +265,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     cuda = device.type == "cuda"
     name = options.shape or ("olmo2-1b" if cuda else "small")
     # FP8 on a CPU is for tests: its products are slower than float32's.
-    arms = list(dict.fromkeys(options.arms or (ARMS if cuda else ("ntp", "remit"))))
+    default = ("ntp", "remit", "remit-fp8", "remit-scores") if cuda else ("ntp", "remit")
+    arms = list(dict.fromkeys(options.arms or default))
     dist.init_process_group(platform.backend(device), store=dist.HashStore(), rank=0, world_size=1)
     try:
         bench = Bench(SHAPES[name], device, arms)

@@ -22,13 +22,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_runs_on_cpu(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     sizes = ["--shape", "tiny", "--warmup", "1", "--pairs", "3"]
-    done = run("--device", "cpu", *sizes, "--arms", *ARMS, "--output", str(out))
+    arms = [arm for arm in ARMS if arm != "remit-graph"]
+    done = run("--device", "cpu", *sizes, "--arms", *arms, "--output", str(out))
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert report == json.loads(done.stdout)
     assert report["tokens_per_step"] == 64
-    assert set(report["step_seconds"]) == set(ARMS)
-    assert set(report["ratios"]) == {f"{arm} over ntp" for arm in ARMS if arm != "ntp"}
+    assert set(report["step_seconds"]) == set(arms)
+    assert set(report["ratios"]) == {f"{arm} over ntp" for arm in arms if arm != "ntp"}
     assert set(report["reference_share"]) == {"remit", "remit-fp8"}, "the others score nothing"
     for spread in (*report["step_seconds"].values(), *report["reference_share"].values()):
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
