@@ -70,6 +70,9 @@ class Reference(Section):
     """Microbatches that the reference scores in one pass."""
     precision: Literal["same", "fp8"] = "same"
     """`fp8`: the layers' linears multiply in 8 bits. What that does to scores and weights is measured at the start."""
+    cuda_graph: bool = False
+    """Replay the reference's pass as a CUDA graph, checked against the pass itself at the start and every 200 passes.
+    For one GPU a model (no tensor, pipeline or context parallelism). Its activations stay allocated."""
     scores: str | None = None
     """Folder of scores made by `remit score`, read in place of running the model."""
     check_samples: NonNegative = 4

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.attention import zigzag_slice
+from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups, current_groups
 from remit_megatron.mcore.loss_hook import RemitGPTModel
 from remit_megatron.objectives import Objective
@@ -45,17 +46,19 @@ def make_forward_step(
     groups: Groups | None = None,
     merge_microbatches: int = 1,
     round_scores: bool = False,
+    graph: Replayed | None = None,
 ) -> "ForwardStep":
     """A forward step for Megatron's schedules that trains with `objective`.
 
     reference: the frozen RemitGPTModel (`scorer=True`), a rank's list of its chunks, or None when the objective needs
     none or batches carry `ref_nll`. merge_microbatches: how many microbatches the reference scores in one pass.
-    round_scores: round `ref_nll` to the steps of scores on disk.
+    round_scores: round `ref_nll` to the steps of scores on disk. graph: replays the reference's pass; without model
+    parallelism and documents only.
     Use `prepare` before each step's schedule. Without pipelining it may be left out: then the reference runs inside
     the step, before the student.
     """
     chunks = reference if isinstance(reference, list) else [reference] if reference is not None else []
-    return ForwardStep(objective, chunks, groups or current_groups(), merge_microbatches, round_scores)
+    return ForwardStep(objective, chunks, groups or current_groups(), merge_microbatches, round_scores, graph)
 
 
 class ForwardStep:
@@ -68,12 +71,14 @@ class ForwardStep:
         groups: Groups,
         merge_microbatches: int = 1,
         round_scores: bool = False,
+        graph: Replayed | None = None,
     ):
         self.objective = objective
         self.reference = reference
         self.groups = groups
         self.merge_microbatches = merge_microbatches
         self.round_scores = round_scores
+        self.graph = graph
         self.step = 0
         """Number of the optimizer step, for objectives that draw random numbers; the training loop sets it."""
         self._checked: set[int] = set()
@@ -102,7 +107,7 @@ class ForwardStep:
             )
         head = unwrap(self.reference[-1])
         with head.hidden_states() if self._needs_hidden else contextlib.nullcontext():
-            scores = self.nll_of(self.reference, batches)
+            scores = self.nll_of(self.reference, batches, self.graph)
         if self.groups.is_last_stage:
             for batch, score in zip(batches, scores, strict=True):
                 if self._needs_hidden:
@@ -119,14 +124,14 @@ class ForwardStep:
         return bool(scores & batch.keys())
 
     @torch.no_grad()
-    def nll_of(self, chunks: list[Any], batches: list[Batch]) -> list[Tensor]:
+    def nll_of(self, chunks: list[Any], batches: list[Batch], graph: Replayed | None = None) -> list[Tensor]:
         """NLL [b, s/cp] of each batch under a rank's model chunks, on last-stage ranks; elsewhere an empty list."""
         k = self.merge_microbatches
         merged = [_concatenate(batches[i : i + k]) for i in range(0, len(batches), k)]
         if len({len(b["tokens"]) for b in merged}) > 1:  # p2p shapes are fixed within one schedule run
             merged = [_concatenate([b]) for b in batches]
         scores: list[Tensor] = []
-        run_schedule(functools.partial(self._score_step, scores), merged, chunks, forward_only=True)
+        run_schedule(functools.partial(self._score_step, scores, graph), merged, chunks, forward_only=True)
         if not self.groups.is_last_stage:
             return []
         return list(torch.cat(scores).split([len(b["tokens"]) for b in batches]))
@@ -162,8 +167,11 @@ class ForwardStep:
         place = torch.arange(local.size(1) * self.groups.cp.size(), device=local.device)
         return zigzag_slice(place[None], self.groups.cp.rank(), self.groups.cp.size())[0]
 
-    def _score_step(self, scores: list[Tensor], iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-        nll, local = self._forward(next(iterator), model)
+    def _score_step(
+        self, scores: list[Tensor], graph: Replayed | None, iterator: Iterator[Batch], model: Any
+    ) -> tuple[Tensor, Any]:
+        local = self.local_batch(next(iterator), model)
+        nll = self._run(local, model, graph)
 
         def keep(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             scores.append(output.detach().float())
@@ -258,13 +266,21 @@ class ForwardStep:
         local = {k: zigzag_slice(v, rank, size) if v.ndim == 2 else v for k, v in batch.items()}
         return local | whole
 
-    def _run(self, local: Batch, model: Any) -> Tensor:
+    def _run(self, local: Batch, model: Any, graph: Replayed | None = None) -> Tensor:
         hook = unwrap(model)
+
+        def run(tokens: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+            calls = hook.loss_calls
+            output = model(tokens, position_ids, local.get("documents"), labels=labels)
+            assert hook.loss_calls - calls == int(hook.post_process), "the loss hook must fire once a microbatch"
+            return output
+
         masked = local["labels"].masked_fill(local["loss_mask"] == 0, -100)
-        calls = hook.loss_calls
-        output = model(local["tokens"], local["position_ids"], local.get("documents"), labels=masked)
-        assert hook.loss_calls - calls == int(hook.post_process), "the loss hook must fire once a microbatch"
-        return output
+        inputs = {"tokens": local["tokens"], "position_ids": local["position_ids"], "labels": masked}
+        if graph is None:
+            return run(**inputs)
+        assert "documents" not in local, "a graph does not see the documents of a later batch"
+        return graph(run, inputs)
 
     def _check(self, model: Any) -> None:
         """Refuse, once a model, the configurations that Megatron accepts and computes wrongly."""

@@ -13,6 +13,7 @@ from remit_megatron.config import Recipe, dump_toml
 from remit_megatron.data.loader import BatchPlan, Step, check_loader, make_loader
 from remit_megatron.errors import DamagedError, RunError, StopRequested, UserError
 from remit_megatron.mcore import datasets, dist_checkpoint, optim
+from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups, initialize_groups
 from remit_megatron.mcore.step import make_forward_step, run_schedule
 from remit_megatron.reference.cache import ScoreCache
@@ -127,6 +128,7 @@ class Trainer:
             groups=self.groups,
             merge_microbatches=recipe.reference.merge_microbatches if recipe.reference else 1,
             round_scores=recipe.reference.rounds if recipe.reference else False,
+            graph=Replayed() if recipe.reference and recipe.reference.cuda_graph else None,
         )
         self.background = dist_checkpoint.BackgroundSave() if recipe.checkpoint.asynchronous else None
         self.loggers: Loggers | None = None

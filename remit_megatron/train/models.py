@@ -12,6 +12,7 @@ from remit_megatron.config import Recipe
 from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.hf.folder import is_hf_folder
 from remit_megatron.mcore import dist_checkpoint
+from remit_megatron.mcore.graph import check_graph
 from remit_megatron.mcore.model import Build, build_chunks
 from remit_megatron.presets import check_preset, preset_shape
 from remit_megatron.reference.online import Reference
@@ -55,6 +56,7 @@ def make_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> P
         init, init_meta = _find(recipe.model.init, "model.init", recipe)
     shape = student_shape(recipe, init_meta.model_shape() if init_meta else None)
     check_layout(shape, recipe.parallel, "model")
+    check_graph(recipe, device_type)
     if recipe.data.document_mask and recipe.model.implementation == "transformer_engine":
         raise UserError(
             "data.document_mask needs model.implementation = 'local': Transformer Engine's takes no such mask here"

@@ -13,6 +13,7 @@ from remit_megatron.data.loader import stack
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.attention import zigzag_slice
 from remit_megatron.mcore.datasets import TrainingData
+from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import NTP
@@ -70,6 +71,7 @@ class Scorer:
         self.reference = reference
         self.groups = groups
         self._merge = recipe.reference.merge_microbatches
+        self._graph = Replayed() if recipe.reference.cuda_graph else None
         self._step = make_forward_step(NTP(), groups=groups, merge_microbatches=self._merge)
 
     def score(self, samples: Sequence[SampleNumber]) -> tuple[Tensor, Tensor]:
@@ -82,7 +84,7 @@ class Scorer:
         for rows in places:
             chosen = [samples[min(row, len(samples) - 1)] for row in rows]
             batches.append(stack([self.data.sample_of(*one) for one in chosen]))
-        scores = self._step.nll_of(self.reference.chunks, batches)
+        scores = self._step.nll_of(self.reference.chunks, batches, self._graph)
         steps = torch.zeros(2, len(samples), length, dtype=torch.int32, device=self.reference.device)
         if not self.groups.is_last_stage:
             return steps[0].cpu(), steps[1].float().cpu()

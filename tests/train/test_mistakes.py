@@ -117,6 +117,7 @@ def _cases(folder: Path) -> list[Case]:
         ("odd head width", b, ["model.kv_channels=7"], "model.kv_channels = 7 is odd"),
         ("infinite clip", b, ["optimizer.clip_grad_norm=inf"], "optimizer.clip_grad_norm"),
         ("merged scoring", g, ["reference.merge_microbatches=3"], "reference.merge_microbatches = 3 does not fit"),
+        ("graph without CUDA", g, ["reference.cuda_graph=true"], "cuda_graph = true needs compute.device = 'cuda'"),
         ("run folder below a file", b, [f'run="{base}/run"'], "cannot be used"),
         *_absent(b),
     ]
