@@ -87,23 +87,6 @@ def fill(wanted: dict[str, Place], folder: HFFolder) -> Iterator[int]:
     assert not left, f"never written: {sorted(left)}"
 
 
-def choose_dtype(folder: HFFolder, asked: torch.dtype | None) -> torch.dtype:
-    """The type of the converted weights: the one asked for, else the folder's own, so that nothing is rounded.
-
-    Raises UserError where the folder mixes types or has float16, which training does not use.
-    """
-    if asked is not None:
-        return asked
-    stored = folder.dtypes()
-    if len(stored) > 1:
-        names = ", ".join(sorted(str(t).removeprefix("torch.") for t in stored))
-        raise UserError(f"{folder.path}: its tensors are of types {names}: choose one with --dtype")
-    (only,) = stored
-    if only not in (torch.float32, torch.bfloat16):
-        raise UserError(f"{folder.path}: float16 weights: choose --dtype fp32, which holds them exactly, or bf16")
-    return only
-
-
 def _some(names: set[str]) -> str:
     shown = sorted(names)
     return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "") if shown else "none"

@@ -18,6 +18,8 @@ from remit_megatron.hf.config import read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+COMPUTED = ".rotary_emb.inv_freq"
+"""A table that the config determines. Llama checkpoints of old hold it, and transformers drops it when it loads one."""
 MAX_HEADER_BYTES = 100_000_000
 COMPARE_ROWS = 4096
 
@@ -56,6 +58,8 @@ class HFFolder:
                 self.tensors[name] = stored
         if (path / INDEX).exists():
             self._check_index(read_json(path / INDEX)["weight_map"])
+        for name in [name for name in self.tensors if name.endswith(COMPUTED)]:
+            del self.tensors[name]
 
     def _list_shards(self) -> list[str]:
         if (self.path / INDEX).exists():
@@ -119,6 +123,25 @@ class HFFolder:
             with (self.path / name).open("rb") as stream:
                 total.update(name.encode() + hashlib.file_digest(stream, "sha256").digest())
         return total.hexdigest()[:16]
+
+
+def choose_dtype(folder: HFFolder, asked: torch.dtype | None) -> torch.dtype:
+    """The type of the converted weights: the one asked for, else the folder's own, so that nothing is rounded.
+
+    Raises UserError where the folder mixes types or has float16, which training does not use.
+    """
+    if asked is not None:
+        return asked
+    stored = folder.dtypes()
+    if len(stored) > 1:
+        names = ", ".join(sorted(str(t).removeprefix("torch.") for t in stored))
+        raise UserError(f"{folder.path}: its tensors are of types {names}: choose one with --dtype of convert import")
+    (only,) = stored
+    if only not in (torch.float32, torch.bfloat16):
+        raise UserError(
+            f"{folder.path}: float16 weights: choose --dtype of convert import, fp32, which holds them exactly, or bf16"
+        )
+    return only
 
 
 def _read_header(path: Path, shard: str) -> dict[str, Stored]:

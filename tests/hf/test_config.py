@@ -44,6 +44,11 @@ def test_reads_what_transformers_writes(name: str) -> None:
     assert sorted(names) == sorted(dict(model.named_parameters()))
 
 
+def test_features_that_are_switched_off_are_no_features() -> None:
+    off = {"quantization_config": None, "num_nextn_predict_layers": 0, "num_local_experts": 0, "use_mrope": False}
+    assert read_shape({**LLAMA, **off}, "c") == read_shape(LLAMA, "c")
+
+
 def test_plain_shapes_stay_as_they_were_on_disk() -> None:
     """Checkpoints from before a trait existed are read, and compare equal."""
     old = {

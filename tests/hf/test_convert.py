@@ -185,6 +185,12 @@ def test_good_commands(root: Path) -> None:
     shutil.copytree(youtu, old_youtu)
     yarn = {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 1.0}
     tiny.edit_config(old_youtu, rope_theta=700.0, rope_scaling=yarn, rope_parameters=None)
+    with_tables = root / "llama tables"  # as Llama 2 was saved: each layer's rotary frequencies, in float32
+    shutil.copytree(half, with_tables)
+    one_file(
+        with_tables,
+        lambda t: t.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(4)}),
+    )
     lines = [
         ["convert", "import", llama, f"{out}/llama"],
         ["convert", "verify", llama, f"{out}/llama", "--text", "a b c ! 0 9", "--tolerance", "1e-5"],
@@ -198,6 +204,8 @@ def test_good_commands(root: Path) -> None:
         ["convert", "export", f"{out}/half", f"{out}/wide hf", "--like", llama, "--dtype", "fp32"],
         ["convert", "import", str(old_youtu), f"{out}/old"],
         ["convert", "export", f"{out}/old", f"{out}/old hf", "--like", str(old_youtu)],
+        ["convert", "import", str(with_tables), f"{out}/tables"],
+        ["convert", "export", f"{out}/tables", f"{out}/tables hf", "--like", str(half)],
         ["convert", "import", llama, f"{out}/llama"],
         ["convert", "import", llama, f"{out}/no/such/place"],
         ["convert", "import", "org/model", f"{out}/hub"],
@@ -206,7 +214,7 @@ def test_good_commands(root: Path) -> None:
         ["convert", "export", f"{out}/absent", f"{out}/wrong", "--like", smol],
     ]
     results = run_ranks(1, commands, lines)[0]
-    assert [code for code, _, _ in results] == [0, 0, 1, *[0] * 9, *[2] * 6], results
+    assert [code for code, _, _ in results] == [0, 0, 1, *[0] * 11, *[2] * 6], results
     says = [
         "exists already",
         "is no folder",
@@ -240,6 +248,9 @@ def check_outputs(root: Path, out: Path, half: Path) -> None:
     assert repeated.keys() == tensors_of(root / "youtu").keys(), "a tied head is written once"
     got, want = tensors_of(out / "half hf"), tensors_of(half)
     assert all(got[k].dtype is torch.bfloat16 and torch.equal(got[k], want[k]) for k in want)
+    tables = tensors_of(out / "tables hf")
+    assert tables.keys() == want.keys()
+    assert all(torch.equal(tables[k], want[k]) for k in want)
     index = json.loads((out / "half hf" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(want)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in want.values())

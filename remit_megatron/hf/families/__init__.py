@@ -37,6 +37,7 @@ def read_shape(config: dict[str, Any], where: str | Path) -> ModelShape:
     for key, what in REFUSED.items():
         if config.get(key):
             raise UserError(f"{where}: {what} ({key}) is not supported")
+        fields.take(key, None)
     kind = fields.take("model_type")
     kind = next((family.name for family in FAMILIES.values() if family.former_name == kind), kind)
     if kind not in FAMILIES:
