@@ -1,5 +1,6 @@
 """Run a function on N gloo ranks and return what each rank returned."""
 
+import gc
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch.multiprocessing as mp
 
 def _worker(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    # What is imported by now stays. Destroying groups collects garbage, and looking at all of it takes a second a time.
+    gc.freeze()
     store = dist.FileStore(f"{folder}/store", world_size)  # a file, so no port can be taken
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:

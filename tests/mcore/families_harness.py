@@ -25,9 +25,15 @@ from tests.hf import tiny
 from tests.mcore.harness import BUILD, REFERENCE, Case, Layout, save_initial, train_case
 
 
-def import_all(rank: int, folder: str, names: list[str]) -> None:
-    """hf/NAME -> checkpoint/NAME; and a reference of another family and width, for the training cases."""
+def import_and_run(rank: int, folder: str, layouts: list[Layout], names: list[str], *rest: Any) -> dict[str, Any]:
+    """On one rank, before any other runs: `import_all`, then `on_layouts`."""
     activate("cpu")
+    import_all(folder, names)
+    return on_layouts(rank, folder, layouts, names, *rest)
+
+
+def import_all(folder: str, names: list[str]) -> None:
+    """hf/NAME -> checkpoint/NAME; and a reference of another family and width, for the training cases."""
     root = Path(folder)
     (root / "checkpoint").mkdir()
     for name in names:

@@ -16,7 +16,7 @@ from remit_megatron.hf.families import read_shape, tensor_names
 from remit_megatron.plan import stage_parameters
 from remit_megatron.shape import ModelShape
 from tests.hf import tiny
-from tests.mcore.families_harness import export_all, import_all, on_layouts, prepare_training
+from tests.mcore.families_harness import export_all, import_and_run, on_layouts, prepare_training
 from tests.mcore.harness import SAMPLES, STEPS, assemble
 from tests.mcore.test_parity import layout
 from tests.ranks import run_ranks
@@ -59,7 +59,6 @@ def folder(models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     root = tmp_path_factory.mktemp("families")
     for name, model in models.items():
         tiny.save(model, root / "hf" / name)
-    run_ranks(1, import_all, str(root), NAMES)
     prepare_training(root, TRAINED)
     return root
 
@@ -69,7 +68,8 @@ def results(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """`LAYOUT NAME` and `LAYOUT NAME remit`: what each rank returned."""
     gathered: dict[str, list[dict[str, Any]]] = {}
     for ranks, layouts in LAYOUTS.items():
-        for result in run_ranks(ranks, on_layouts, str(folder), layouts, NAMES, saved_pairs(), TRAINED):
+        run = import_and_run if ranks == 1 else on_layouts  # one spawn less; one rank comes first
+        for result in run_ranks(ranks, run, str(folder), layouts, NAMES, saved_pairs(), TRAINED):
             for key, value in result.items():
                 gathered.setdefault(key, []).append(value)
     return gathered

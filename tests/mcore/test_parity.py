@@ -53,21 +53,21 @@ FOUR = [
 ]
 
 
-def _save_initial(rank: int, folder: str) -> None:
+def _on_first_rank(rank: int, folder: str) -> dict[str, Any]:
+    """Save the initial weights of every model, and train all cases on one rank."""
     activate("cpu")
     save_initial(Path(folder), {"student": STUDENT, "reference": REFERENCE, "tied": TIED})
+    return on_rank(rank, folder, CASES, ONE)
 
 
 @pytest.fixture(scope="module")
 def initial(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("weights"))
-    run_ranks(1, _save_initial, folder)
-    return folder
+    return str(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
 def expected(initial: str) -> dict[str, Any]:
-    return run_ranks(1, on_rank, initial, CASES, ONE)[0]
+    return run_ranks(1, _on_first_rank, initial)[0]
 
 
 def compare(results: list[dict[str, Any]], expected: dict[str, Any], layouts: list[Layout]) -> None:
