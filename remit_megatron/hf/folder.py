@@ -65,8 +65,8 @@ class HFFolder:
         if (self.path / INDEX).exists():
             index = read_json(self.path / INDEX)
             places = index.get("weight_map")
-            if not isinstance(places, dict) or not places:
-                raise UserError(f"{self.path / INDEX}: has no weight_map")
+            if not isinstance(places, dict) or not places or not all(isinstance(x, str) for x in places.values()):
+                raise UserError(f"{self.path / INDEX}: has no weight_map from tensors to files")
             shards = sorted(set(places.values()))
         elif (self.path / SINGLE).exists():
             shards = [SINGLE]
@@ -154,16 +154,23 @@ def _read_header(path: Path, shard: str) -> dict[str, Stored]:
             header: dict[str, Any] = json.loads(stream.read(length))
         except ValueError:
             raise UserError(f"{path}: no safetensors file: its header is no JSON") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        entries = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise UserError(f"{path}: no safetensors file: its header does not describe tensors") from None
     if 8 + length + end != size:
         raise UserError(f"{path}: truncated or damaged: {size:,} bytes, its header promises {8 + length + end:,}")
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise UserError(f"{path}: {name} is of type {entry['dtype']}; only {', '.join(DTYPES)} are supported")
-        tensors[name] = Stored(shard, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    return tensors
+    for name, (dtype, _) in entries.items():
+        if dtype not in DTYPES:
+            raise UserError(f"{path}: {name} is of type {dtype}; only {', '.join(DTYPES)} are supported")
+    try:
+        with safe_open(path, framework="pt"):  # it checks that every byte belongs to one tensor
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    return {name: Stored(shard, DTYPES[dtype], shape) for name, (dtype, shape) in entries.items()}
 
 
 def write_tensors(

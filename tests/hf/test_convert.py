@@ -73,6 +73,24 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def edit_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Rewrite the header of the first shard, in the room that it has."""
+    path = sorted(folder.glob("*.safetensors"))[0]
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header.pop("__metadata__")
+    change(header)
+    path.write_bytes(
+        content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(length) + content[8 + length :]
+    )
+
+
+def overlap(header: dict[str, Any]) -> None:
+    first, second, *_ = header.values()
+    first["data_offsets"], first["shape"] = second["data_offsets"], second["shape"]
+
+
 def to_bin_only(folder: Path) -> None:
     for path in folder.glob("*safetensors*"):
         path.unlink()
@@ -127,6 +145,15 @@ BAD: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "float16 weights: choose --dtype": ("llama", halve(torch.float16)),
     "types bfloat16, float32: choose one with --dtype": ("llama", halve(torch.bfloat16, 0.5)),
     "is of type F64": ("llama", halve(torch.float64)),
+    "has no weight_map from tensors to files": (
+        "llama",
+        lambda folder: edit_index(folder, lambda places: places.update({"model.norm.weight": 7})),
+    ),
+    "its header does not describe tensors": (
+        "llama",
+        lambda folder: edit_header(folder, lambda header: next(iter(header.values())).pop("shape")),
+    ),
+    "damaged: Error while deserializing header": ("llama", lambda folder: edit_header(folder, overlap)),
     "pytorch_model.bin is not read": ("llama", to_bin_only),
     "mixture of experts": ("llama", lambda folder: tiny.edit_config(folder, num_local_experts=8)),
     "config.json: cannot be read": ("llama", lambda folder: (folder / "config.json").write_text("{")),
