@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup smoke docker-smoke test test-slow test-image lint bench bench-gpu clean
+.PHONY: setup smoke docker-smoke test test-slow test-slurm test-image lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ test: lint
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-slurm: setup
+	bash tests/slurm/packages.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m slurm -n 3 --dist worksteal
 
 test-image: setup
 	$(BIN)/python -m pytest -m image tests/image

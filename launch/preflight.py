@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from launch.rank import torch_variables
 from remit_megatron.config import Recipe, load_recipe
-from remit_megatron.errors import PreflightError, RemitError, RunError, UserError
+from remit_megatron.errors import PreflightError, RemitError, RunError
 from remit_megatron.hf.config import read_json
 from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import is_hf_folder
@@ -37,6 +38,9 @@ BYTES_PER_PARAMETER = 14
 """bf16 weights, and float32 weights and two moments of AdamW."""
 FILES_PER_RANK = 2
 NODE_FREE_BYTES = 1 << 30
+POLL_S = 0.01
+TOLD_S = 10.0
+"""How long rank 0 waits for the others to read what it tells them."""
 CLOCK_SKEW_S = 2.0
 """Between a node and the first one: above it, times of files and logs mislead, and certificates may be refused."""
 
@@ -74,33 +78,59 @@ def check_nodes(recipe: Recipe, run: Path, place: Place, timeout_s: float) -> No
     expected = f"{time.time_ns()}"
     if place.rank == 0:
         token_file.write_text(expected)
-    try:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]) + 1,  # the next port is training's
-            is_master=place.rank == 0,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-        )
-    except (RuntimeError, OSError) as error:
-        raise PreflightError(f"{place.node_of(place.rank)} cannot reach {place.nodes[0]}: {error}") from None
+    store = _connect(place, serve=place.rank == 0, timeout_s=timeout_s)
+    store.set_timeout(timedelta(seconds=3 * timeout_s))
     device = _device(recipe, place)
     report = Report(problems=node_problems(device, place), token=_read(token_file))
     store.set(f"report/{place.rank}", json.dumps(asdict(report)))
     if place.rank == 0:
+        bad = _collect(store, place, expected, timeout_s)
         full = _room_problem(recipe, run, place)
-        bad = {} if full else _collect(store, place, expected, timeout_s)
         token_file.unlink(missing_ok=True)
-        store.set("verdict", json.dumps([full, bad]))
+        _tell(store, place, "verdict", [full, bad])
     else:
         _answer_ping(store, place, timeout_s)
-        full, bad = json.loads(store.get("verdict"))
+        full, bad = _told(store, place, "verdict")
     if full:
         raise RunError(full)
     if not bad:
         bad = _all_reduce(store, device, place, timeout_s)
     if bad:
         raise BadNodes(bad)
+
+
+def _connect(place: Place, serve: bool, timeout_s: float) -> dist.TCPStore:
+    """Raises PreflightError where the first node does not answer."""
+    try:
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]) + 1,  # the next port is training's
+            is_master=serve,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except (RuntimeError, OSError) as error:
+        raise PreflightError(f"{place.node_of(place.rank)} cannot reach {place.nodes[0]}: {error}") from None
+
+
+def _tell(store: dist.Store, place: Place, name: str, content: Any) -> None:
+    """On rank 0, which serves the store: to every rank, and wait until those that report have read it."""
+    store.set(name, json.dumps(content))
+    others = [rank for rank in range(1, place.world_size) if store.check([f"report/{rank}"])]
+    deadline = time.monotonic() + TOLD_S
+    while others and time.monotonic() < deadline:
+        others = [rank for rank in others if not store.check([f"{name}/{rank}"])]
+        time.sleep(POLL_S)
+
+
+def _told(store: dist.Store, place: Place, name: str) -> Any:
+    """On the other ranks. Raises PreflightError where rank 0 has gone."""
+    try:
+        content = json.loads(store.get(name))
+        store.set(f"{name}/{place.rank}", "")
+    except RuntimeError as error:
+        raise PreflightError(f"{place.node_of(place.rank)} has lost {place.nodes[0]}: {error}") from None
+    return content
 
 
 class BadNodes(PreflightError):
@@ -206,10 +236,10 @@ def _collect(store: dist.Store, place: Place, token: str, timeout_s: float) -> d
     deadline = time.monotonic() + timeout_s
     for rank in range(place.world_size):
         node = place.node_of(rank)
-        try:
-            left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
-            store.wait([f"report/{rank}"], left)
-        except RuntimeError:
+        # Asked for, not waited for: a wait that times out fills the log with the store's own remarks.
+        while not store.check([f"report/{rank}"]) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        if not store.check([f"report/{rank}"]):
             bad.setdefault(node, f"rank {rank} has not started within {timeout_s:.0f} s")
             continue
         report = Report(**json.loads(store.get(f"report/{rank}")))
@@ -243,13 +273,15 @@ def _answer_ping(store: dist.Store, place: Place, timeout_s: float) -> None:
         if store.check([f"ping/{place.rank}"]):
             store.set(f"pong/{place.rank}", repr(time.time()))
             return
-        time.sleep(0.01)
+        time.sleep(POLL_S)
 
 
 def _all_reduce(store: dist.Store, device: torch.device | None, place: Place, timeout_s: float) -> dict[str, str]:
     """Sum over each node's ranks, then over all. In a thread, for what hangs there cannot be interrupted."""
     assert device is not None
     failures: list[str] = []
+    # A connection of its own: while one thread waits for a key, the others cannot use the same one.
+    connection = _connect(place, serve=False, timeout_s=timeout_s)
 
     def reduce() -> None:
         try:
@@ -257,7 +289,7 @@ def _all_reduce(store: dist.Store, device: torch.device | None, place: Place, ti
             # Longer than what this check waits for: NCCL's own watchdog would end the rank without a report.
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore("reduce", store),
+                store=dist.PrefixStore("reduce", connection),
                 rank=place.rank,
                 world_size=place.world_size,
                 timeout=timedelta(seconds=10 * timeout_s),
@@ -267,7 +299,7 @@ def _all_reduce(store: dist.Store, device: torch.device | None, place: Place, ti
                 dist.all_reduce(ones, group=group)
                 if float(ones.min()) != float(ones.max()) or float(ones[0]) != dist.get_world_size(group):
                     raise RuntimeError(f"the sum of {dist.get_world_size(group)} ones is {float(ones[0])}")
-                store.set(f"{step}/{place.rank}", "")
+                connection.set(f"{step}/{place.rank}", "")
         except RuntimeError as error:
             failures.append(" ".join(str(error).split())[:200])
 
@@ -275,15 +307,14 @@ def _all_reduce(store: dist.Store, device: torch.device | None, place: Place, ti
     thread.start()
     thread.join(timeout_s)
     if place.rank:
-        return dict(json.loads(store.get("reduced")))
+        return dict(_told(store, place, "reduced"))
     deadline = time.monotonic() + timeout_s / 4
 
     def finished(step: str) -> set[int]:
         return {rank for rank in range(place.world_size) if store.check([f"{step}/{rank}"])}
 
     bad = _blame(place, finished, failures, deadline)
-    store.set("reduced", json.dumps(bad))
-    time.sleep(0.5)  # the others read it from this process
+    _tell(store, place, "reduced", bad)
     return bad
 
 
@@ -333,7 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{len(place.nodes)} nodes, {place.world_size} ranks: devices, disk, clock and all-reduce are well")
         code = 0
     except RemitError as error:
-        if rank == 0 or not isinstance(error, BadNodes | UserError):
+        # What all have found is said once; of what only this rank has found nobody else knows.
+        if rank == 0 or type(error) is PreflightError:
             print(f"remit: preflight: {error}", file=sys.stderr)
         if rank == 0 and isinstance(error, BadNodes):
             arguments.report.write_text(",".join(error.names))

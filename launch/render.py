@@ -24,7 +24,9 @@ def tasks_per_node(profile: Profile, nproc: int | None) -> int:
 
 
 def header(profile: Profile, run: Path, name: str, nodes: int, tasks: int, workdir: Path) -> list[str]:
-    """The options of sbatch, one each."""
+    """The options of sbatch, one each. Raises UserError for a path that SLURM cannot write a log to."""
+    if "\\" in str(run):
+        raise UserError(f"run = '{run}': SLURM takes no backslash in the name of a log: name another folder")
     options = [f"--job-name=remit-{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}", f"--nodes={nodes}"]
     options.append(f"--ntasks-per-node={tasks}")
     if profile.gpus_per_node:
@@ -46,7 +48,7 @@ def header(profile: Profile, run: Path, name: str, nodes: int, tasks: int, workd
     return [*options, *profile.sbatch]
 
 
-def settings(profile: Profile, run: Path, python: str, workdir: Path, arguments: list[str]) -> dict[str, str]:
+def settings(profile: Profile, run: Path, python: str, workdir: Path) -> dict[str, str]:
     """What the template reads from its environment, and the profile's own variables."""
     values = {
         "REMIT_RECIPE": str(run / "recipe.toml"),
@@ -56,7 +58,6 @@ def settings(profile: Profile, run: Path, python: str, workdir: Path, arguments:
         "REMIT_PREFLIGHT": str(int(profile.preflight)),
         "REMIT_EXIT_WAIT_S": str(profile.exit_wait_s),
         "REMIT_FRUITLESS_RESTARTS": str(profile.fruitless_restarts),
-        "REMIT_ARGS": " ".join(arguments),
     }
     container = profile.container
     if container:
@@ -79,5 +80,5 @@ def render(template: str, options: list[str], values: dict[str, str], modules: t
 
 
 def _quoted(option: str) -> str:
-    """sbatch splits its lines at blanks, and understands double quotes."""
-    return f'"{option}"' if re.search(r"\s", option) else option
+    """sbatch splits its lines at blanks, and understands quotes, backslashes and comments."""
+    return re.sub(r"""([\\\s"'#])""", r"\\\1", option)

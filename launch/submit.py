@@ -59,7 +59,8 @@ def launch(request: Request) -> int:
 
 
 def _train(run: Path) -> list[str]:
-    return ["train", str(run / "recipe.toml"), "--set", f'run="{run}"']
+    # Bare, for an absolute path is no TOML value, and then it is taken as it is.
+    return ["train", str(run / "recipe.toml"), "--set", f"run={run}"]
 
 
 def _local(request: Request, recipe: Recipe, run: Path) -> int:
@@ -94,7 +95,7 @@ def _slurm(request: Request, recipe: Recipe, run: Path, profile: Profile) -> int
     run_folder.check_shared(run, request.nodes, profile.shared_folders)
     secrets = passed_values(profile)
     options = render.header(profile, run, run.name, request.nodes, tasks, workdir)
-    values = render.settings(profile, run, sys.executable, workdir, [])
+    values = render.settings(profile, run, sys.executable, workdir)
     script = render.render("train.sbatch", options, values, profile.modules)
     submit_environment = {**{k: v for k, v in os.environ.items() if k in KEPT or k.startswith("SBATCH_")}, **secrets}
     if request.dry_run:

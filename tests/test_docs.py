@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.environment import RULES
 from launch.local import run_local
 from launch.smoke.run import QUICK_OVERRIDES
+from remit_megatron.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,8 +105,22 @@ def test_reliability_commands(smoke: Path) -> None:
     assert list((smoke / "runs/smoke/remit").glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_table_of_variables() -> None:
+    """docs/clusters.md has the rules of launch/environment.py, all of them and as they are."""
+    rows = [line for line in (ROOT / "docs/clusters.md").read_text().splitlines() if re.match(r"\| `[A-Z_]+` \|", line)]
+    assert rows == [f"| `{rule.name}` | `{rule.value}` | {rule.when} | {rule.why} |" for rule in RULES]
+
+
+def test_commands_of_the_clusters_page() -> None:
+    """tests/slurm runs them; here, that each is one that the program has."""
+    lines = [words for words in commands("docs/clusters.md") if words[0] == ".venv/bin/remit"]
+    assert [words[1] for words in lines] == ["check", "launch", "launch", "status", "launch"]
+    for words in lines:
+        build_parser().parse_args(words[1:])
+
+
 def test_makefile_has_the_targets_of_the_readme() -> None:
     targets = {words[1] for words in commands("README.md") if words[0] == "make"}
-    assert targets == {"smoke", "test", "test-slow", "docker-smoke", "test-image"}
+    assert targets == {"smoke", "test", "test-slow", "test-slurm", "docker-smoke", "test-image"}
     for target in targets:
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target

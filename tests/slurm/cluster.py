@@ -1,21 +1,22 @@
 """A real SLURM on 127.0.0.1: a controller, several virtual nodes with fake GPUs, munge. No systemd, no cgroups.
 
-Nodes come in pairs, a partition each, so that tests run side by side: `main` has n0 and n1, `second` n2 and n3, and so
-on. `urgent` preempts `main`.
+Nodes come in pairs, so that tests run side by side: partition `pair0` has n0 and n1, `pair1` n2 and n3, and so on.
+`urgent0` has the nodes of `pair0`, and preempts it.
 """
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-PAIRS = ("main", "second", "third")
-NODES = [f"n{i}" for i in range(2 * len(PAIRS))]
+PAIRS = 3
+NODES = [f"n{i}" for i in range(2 * PAIRS)]
 CPUS, GPUS = 8, 2
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "gcc")
 SPANK_HEADER = Path("/usr/include/slurm/spank.h")
@@ -61,6 +62,8 @@ class Cluster:
         self.run("gcc", "-shared", "-fPIC", "-o", str(stub), str(SOURCE))
         (etc / "plugstack.conf").write_text(f"required {stub}\n")
         (etc / "gres.conf").write_text(f"Name=gpu File={self.root}/dev/gpu[0-{GPUS - 1}]\n")
+        (etc / "task-prolog.sh").write_text(f'#!/bin/sh\ncat "{etc}/tasks-$SLURMD_NODENAME" 2> /dev/null || true\n')
+        (etc / "task-prolog.sh").chmod(0o755)
         (etc / "slurm.conf").write_text(self._configuration())
         self.run("slurmctld")
         for node in NODES:
@@ -82,6 +85,7 @@ class Cluster:
             "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",
             "ProctrackType=proctrack/linuxproc",
             "TaskPlugin=task/none",
+            f"TaskProlog={root}/etc/task-prolog.sh",
             "JobAcctGatherType=jobacct_gather/none",
             "AccountingStorageType=accounting_storage/none",
             "SelectType=select/cons_tres",
@@ -94,7 +98,7 @@ class Cluster:
             f"SlurmctldLogFile={root}/log/slurmctld.log",
             f"SlurmdLogFile={root}/log/slurmd-%n.log",
             "SlurmdParameters=config_overrides",
-            "SlurmdTimeout=10",
+            "SlurmdTimeout=25",
             "KillWait=10",
             "MinJobAge=3600",
             "ReturnToService=2",
@@ -107,12 +111,10 @@ class Cluster:
                 f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} Sockets=1 "
                 f"CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{GPUS} State=UNKNOWN"
             )
-        for i, pair in enumerate(PAIRS):
-            lines.append(
-                f"PartitionName={pair} Nodes=n[{2 * i}-{2 * i + 1}] Default={'NO' if i else 'YES'} MaxTime=INFINITE "
-                "State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30"
-            )
-        lines.append("PartitionName=urgent Nodes=n[0-1] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF")
+        for i in range(PAIRS):
+            nodes = f"Nodes=n[{2 * i}-{2 * i + 1}] MaxTime=INFINITE State=UP"
+            lines.append(f"PartitionName=pair{i} {nodes} PriorityTier=1 PreemptMode=REQUEUE GraceTime=60")
+            lines.append(f"PartitionName=urgent{i} {nodes} PriorityTier=10 PreemptMode=OFF")
         return "\n".join(lines) + "\n"
 
     def down(self) -> None:
@@ -127,6 +129,23 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         self.run("slurmd", "-N", node)
+
+    @contextlib.contextmanager
+    def node_setting(self, node: str, name: str, value: str) -> Iterator[None]:
+        """A variable that the tasks of one node get from its prolog, as sites set TMPDIR."""
+        file = self.root / "etc" / f"tasks-{node}"
+        file.write_text(f"export {name}={value}\n")
+        try:
+            yield
+        finally:
+            file.unlink()
+
+    def revive(self, pair: int) -> None:
+        """Start the daemons of lost nodes again."""
+        for node in NODES[2 * pair : 2 * pair + 2]:
+            pid = (self.root / f"slurmd-{node}.pid").read_text().strip()
+            if not Path(f"/proc/{pid}").exists():
+                self.start_node(node)
 
     def lose_node(self, node: str, job: str) -> None:
         """As when its power goes: the node's daemon and everything of the job on it, at once."""
@@ -156,7 +175,11 @@ class Cluster:
         return result.stdout.strip()
 
     def states(self) -> list[str]:
-        return [state.rstrip("*") for state in self.ask("sinfo", "-h", "-N", "-p", ",".join(PAIRS), "-o", "%T").split()]
+        pairs = ",".join(f"pair{i}" for i in range(PAIRS))
+        return [state.rstrip("*") for state in self.ask("sinfo", "-h", "-N", "-p", pairs, "-o", "%T").split()]
+
+    def idle(self, pair: int) -> bool:
+        return self.ask("sinfo", "-h", "-N", "-p", f"pair{pair}", "-o", "%T").split() == ["idle", "idle"]
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""

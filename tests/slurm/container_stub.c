@@ -3,7 +3,7 @@
  *
  * gcc -shared -fPIC -o container_stub.so container_stub.c   (header: Debian package libslurm-dev) */
 #include <slurm/spank.h>
-#include <stddef.h>
+#include <string.h>
 
 SPANK_PLUGIN(container_stub, 1);
 
@@ -18,7 +18,7 @@ static const char *values[COUNT];
 static int keep(int which, const char *text, int remote)
 {
     (void)remote;
-    values[which] = text;
+    values[which] = strdup(text); /* the caller's goes away */
     return ESPANK_SUCCESS;
 }
 

@@ -1,21 +1,47 @@
 """Launching, watching and reading runs on the loopback cluster."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.render import TEMPLATES
+from launch.profiles import SHIPPED
 from launch.status import Event, read_events
 from remit_megatron.config import dump_toml, parse_recipe
 from tests.slurm.cluster import Cluster
 from tests.train.runs import SAMPLES, SEQUENCE, settings
 
-PROFILE = (TEMPLATES / "profiles" / "loopback.toml").read_text()
-STEPS = 24
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+QUIET = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+
+
+def recipe_text(data: Path, folder: Path, /, steps: int = STEPS, **changes: Any) -> str:
+    """A run of two tensor-parallel ranks, or a multiple of two, with a checkpoint every 8 steps."""
+    values: dict[str, Any] = {
+        "schedule": {"train_tokens": steps * SEQUENCE * SAMPLES, "warmup_tokens": 0},
+        "checkpoint": {"every_steps": 8, "keep": 2},
+        "evaluation": {"every_steps": 0, "samples": 2},
+        "parallel": {"tensor": 2},
+        **changes,
+    }
+    return dump_toml(parse_recipe(settings(data, folder.name, **values) | {"run": str(folder)}))
+
+
+def profile_text(settings: dict[str, Any], path: tuple[str, ...] = ()) -> str:
+    """TOML; JSON's scalars and lists are TOML's."""
+    lines = [f"[{'.'.join(path)}]"] if path else []
+    lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items() if not isinstance(value, dict)]
+    tables = [profile_text(value, (*path, key)) for key, value in settings.items() if isinstance(value, dict)]
+    return "\n".join([*lines, *tables])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,36 +49,38 @@ class Run:
     """A recipe of a test, and where it runs."""
 
     cluster: Cluster
-    data: Path
     folder: Path
-    partition: str
+    pair: int
+    nproc: int = 1
+    """Ranks a node."""
 
     @property
     def recipe(self) -> Path:
         return self.folder.with_suffix(".toml")
 
-    def write_recipe(self, steps: int = STEPS, **changes: Any) -> None:
-        values: dict[str, Any] = {
-            "schedule": {"train_tokens": steps * SEQUENCE * SAMPLES, "warmup_tokens": 0},
-            "checkpoint": {"every_steps": 8, "keep": 2},
-            "evaluation": {"every_steps": 0, "samples": 2},
-            "parallel": {"tensor": 2},
-            **changes,
-        }
-        recipe = settings(self.data, self.folder.name, **values) | {"run": str(self.folder)}
-        self.recipe.write_text(dump_toml(parse_recipe(recipe)))
-
     def launch(
-        self, *arguments: str, profile: str = "", expect: int = 0, nodes: int = 2, **variables: str
+        self,
+        *arguments: str,
+        profile: dict[str, Any] | None = None,
+        expect: int = 0,
+        nodes: int = 2,
+        cwd: Path = ROOT,
+        variables: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """`remit launch` as a user types it; `profile`: more lines at the profile's top."""
+        """`remit launch` as a user types it; `profile`: what differs from the shipped one for loopback.
+
+        No preflight unless the profile says so: it costs as much as a start.
+        """
         path = self.folder.with_suffix(".profile.toml")
-        path.write_text(profile + "\n" + PROFILE.replace('partition = "main"', f'partition = "{self.partition}"'))
+        shipped = tomllib.loads((SHIPPED / "loopback.toml").read_text())
+        settings = shipped | {"partition": f"pair{self.pair}", "preflight": False} | (profile or {})
+        # Hundreds of lines of Megatron's, in logs that a failing test shows.
+        settings["environment"]["set"]["PYTHONWARNINGS"] = "ignore"
+        path.write_text(profile_text(settings))
         command = [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli", "launch", str(self.recipe)]
-        command += ["--on", f"slurm:{path}", "--nodes", str(nodes), "--nproc", "2", *arguments]
-        result = subprocess.run(
-            command, env={**self.cluster.environment, **variables}, capture_output=True, text=True, cwd=os.getcwd()
-        )
+        command += ["--on", f"slurm:{path}", "--nodes", str(nodes), "--nproc", str(self.nproc), *arguments]
+        environment = {**self.cluster.environment, **QUIET, **(variables or {})}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd)
         assert result.returncode == expect, result.stdout + result.stderr
         return result
 
@@ -62,7 +90,38 @@ class Run:
 
     def jobs(self, *arguments: str, **options: Any) -> list[str]:
         text = self.launch(*arguments, **options).stdout
-        return text.partition("job ")[2].partition(" submitted")[0].split(", ")
+        return text.partition(": job ")[2].partition(" submitted")[0].split(", ")
+
+    # Processes.
+
+    def ranks(self, job: str) -> list[int]:
+        """Process ids of the ranks of a job that live now."""
+        wanted = f"SLURM_JOB_ID={job}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+                # srun, and the agent of torchrun, name the command of their ranks further on.
+                is_rank = b"python" in words[0] and b"launch.rank" in words[1:4] if words else False
+                if is_rank and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return sorted(found)
+
+    @contextlib.contextmanager
+    def paused(self, job: str) -> Iterator[list[int]]:
+        """All ranks stand still, so that what the test does next happens in the middle of the run."""
+        ranks = self.ranks(job)
+        assert ranks, self.story()
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield ranks
+        finally:
+            for pid in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     # Reading.
 
@@ -89,11 +148,17 @@ class Run:
             return 0
 
     def wait_for_step(self, step: int) -> None:
-        self.cluster.wait(lambda: self.step() >= step, f"step {step} was not reached:\n{self.story()}")
+        self.wait(lambda: self.step() >= step, f"step {step} was not reached")
 
     def wait_for_end(self, job: str) -> dict[str, str]:
-        self.cluster.wait(lambda: self.cluster.ended(job), f"job {job} did not end:\n{self.story()}")
+        self.wait(lambda: self.cluster.ended(job), f"job {job} did not end")
         return self.cluster.job(job)
+
+    def wait(self, condition: Any, otherwise: str, timeout_s: float = 300) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"{otherwise}:\n{self.story()}"
+            time.sleep(0.02)
 
     def story(self) -> str:
         """Everything that a failing test should show."""
@@ -101,3 +166,10 @@ class Run:
         for log in sorted(self.folder.glob("logs/**/*.log")):
             texts += [f"--- {log}", *log.read_text(errors="replace").splitlines()[-25:]]
         return "\n".join(texts)
+
+
+def has_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a process that stands still will get this signal when it goes on."""
+    lines = (Path("/proc") / str(pid) / "status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)

@@ -1,0 +1,101 @@
+"""Job scripts: what is filled in arrives as it was given, and the rest is the template's."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.profiles import Profile, load_profile
+from launch.render import TEMPLATES, header, render, settings, tasks_per_node
+from remit_megatron.errors import UserError
+
+SCRIPTS = [*sorted(TEMPLATES.glob("*.sbatch")), TEMPLATES / "chain.sh"]
+NASTY = '/data/it\'s 100% "mine" $(touch /oops) `x` \\n;'
+
+
+def script_of(profile: Profile, run: Path, workdir: Path, nodes: int = 2, nproc: int | None = None) -> str:
+    options = header(profile, run, run.name, nodes, tasks_per_node(profile, nproc), workdir)
+    return render("train.sbatch", options, settings(profile, run, "/venv/bin/python", workdir), profile.modules)
+
+
+def options_of(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_options() -> None:
+    profile = load_profile("gpu").model_copy(update={"sbatch": ("--constraint=h100",), "memory": "0", "qos": "high"})
+    assert options_of(script_of(profile, Path("/shared/runs/first"), Path("/home/me"))) == [
+        "--job-name=remit-first",
+        "--nodes=2",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--cpus-per-task=12",
+        "--mem=0",
+        "--partition=gpu",
+        "--account=my-project",
+        "--qos=high",
+        "--time=24:00:00",
+        "--exclusive",
+        "--requeue",
+        "--open-mode=append",
+        "--signal=B:USR1@300",
+        "--chdir=/home/me",
+        "--output=/shared/runs/first/logs/%j.log",
+        "--constraint=h100",
+    ]
+
+
+def test_the_rest_is_the_template() -> None:
+    """Nobody who has read slurm/train.sbatch finds another program in the run folder."""
+    script = script_of(Profile(gpus_per_node=8), Path("/runs/a"), Path("/home"))
+    template = (TEMPLATES / "train.sbatch").read_text()
+    bare = [line for line in template.splitlines() if not line.startswith("#SBATCH ")]
+    lines = script.splitlines()
+    first, last = lines.index("#SBATCH --job-name=remit-a"), lines.index("export REMIT_FRUITLESS_RESTARTS=2")
+    assert [line for line in lines[:first] + lines[last + 1 :] if line] == [line for line in bare if line]
+
+
+def test_values_arrive_as_they_are(tmp_path: Path) -> None:
+    """Through bash, with everything in them that bash or SLURM could take for its own."""
+    profile = Profile.model_validate(
+        {
+            "gpus_per_node": 8,
+            "container": {"image": NASTY, "mounts": ["/a:/b", NASTY]},
+            "environment": {"pass": ["HF_TOKEN"], "set": {"MINE": NASTY}},
+        }
+    )
+    script = script_of(profile, Path(NASTY), Path("/work dir"))
+    exports = "".join(f"{line}\n" for line in script.splitlines() if line.startswith("export ") and "=" in line)
+    result = subprocess.run(
+        ["bash", "-c", exports + "env -0"], capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}
+    )
+    values = dict(entry.split("=", 1) for entry in result.stdout.split("\0") if "=" in entry)
+    assert values["MINE"] == values["REMIT_CONTAINER_IMAGE"] == values["REMIT_RUN"] == NASTY
+    assert values["REMIT_RECIPE"] == f"{NASTY}/recipe.toml"
+    assert values["REMIT_CONTAINER_MOUNTS"] == f"/a:/b,{NASTY}"
+    assert values["REMIT_CONTAINER_ENV"] == "HF_TOKEN,MINE"
+    assert "HF_TOKEN" not in values
+
+
+@pytest.mark.parametrize(
+    ("profile", "nproc", "tasks"),
+    [(Profile(gpus_per_node=8), None, 8), (Profile(gpus_per_node=8, tasks_per_node=1), None, 1), (Profile(), 3, 3)],
+)
+def test_ranks_a_node(profile: Profile, nproc: int | None, tasks: int) -> None:
+    assert tasks_per_node(profile, nproc) == tasks
+
+
+def test_ranks_a_node_must_be_said_once() -> None:
+    with pytest.raises(UserError, match="--nproc is missing"):
+        tasks_per_node(Profile(), None)
+    with pytest.raises(UserError, match="the profile has 8 ranks a node"):
+        tasks_per_node(Profile(gpus_per_node=8), 4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound(script: Path) -> None:
+    checker = shutil.which("shellcheck")
+    command = [checker] if checker else ["bash", "-n"]
+    result = subprocess.run([*command, str(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

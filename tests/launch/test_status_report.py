@@ -1,0 +1,118 @@
+"""`remit status`: what it says of a run folder, whatever state the folder is in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import status
+from launch.status import read_events, report
+from remit_megatron.cli import main
+
+NOW = 1_800_000_000.0
+RUNNING: dict[str, Any] = {
+    "state": "running",
+    "step": 300,
+    "total_steps": 1200,
+    "tokens": 629_145_600,
+    "loss": 2.34567,
+    "tokens_per_s": 51_234.6,
+    "checkpoint_step": 250,
+    "exit_code": None,
+    "reason": None,
+    "started_unix_s": NOW - 4000,
+    "updated_unix_s": NOW - 5,
+    "eta_s": 90_061.0,
+    "host": "gpu-17",
+    "job": "77",
+    "restart": 2,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.toml").write_text("")
+    (tmp_path / "logs").mkdir()
+    return tmp_path
+
+
+def write(run: Path, events: list[tuple[int, str, str, int, str]] = [], **fields: Any) -> None:  # noqa: B006
+    (run / "status.json").write_text(json.dumps(RUNNING | fields))
+    write_events(run, events)
+
+
+def write_events(run: Path, events: list[tuple[int, str, str, int, str]]) -> None:
+    lines = ["\t".join(map(str, (int(NOW) + after, *rest))) for after, *rest in events]
+    (run / "logs" / "events.tsv").write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_a_run_under_way(run: Path) -> None:
+    write(
+        run,
+        [
+            (-9000, "77.0", "start", -1, "on gpu-[16-17]"),
+            (-7000, "77.0", "requeue", 100, "time limit"),
+            (-6900, "77.1", "start", 100, "on gpu-[16-17]"),
+            (-4000, "77.2", "start", 200, "on gpu-[16-17]"),
+        ],
+    )
+    text = report(run, NOW)
+    for line in (
+        "state       running",
+        "where       job 77.2 on gpu-17, last word 0:00:05 ago",
+        "step        300 of 1,200 (25.0%), 629,145,600 tokens",
+        "checkpoint  step 250",
+        "loss        2.3457",
+        "speed       51,235 tokens/s",
+        "time left   1 d 1:01:01",
+        "restarts    2",
+    ):
+        assert line in text.splitlines(), text
+    first, second = text.splitlines()[-2:]
+    assert first.endswith("77.1 from step 100: time limit")
+    assert second.endswith("77.2 from step 200: lost without a word: a node, or killed")
+    assert "no word for" not in text
+
+
+def test_silence_is_remarked_on(run: Path) -> None:
+    write(run, [(-4000, "77.2", "start", 200, "on gpu-17")], updated_unix_s=NOW - 700)
+    assert f"no word for 0:11:40: see the newest folder of {run / 'logs'}" in report(run, NOW)
+    write(run, [(-4000, "77.2", "start", 200, ""), (-600, "77.2", "end", 250, "failed")], updated_unix_s=NOW - 700)
+    assert "no word for" not in report(run, NOW), "the job has said that it ended"
+    assert "job         77.2 end: failed" in report(run, NOW)
+
+
+def test_before_the_first_step(run: Path) -> None:
+    assert "state       has not started" in report(run, NOW)
+    (run / "job.sbatch").write_text("")
+    assert "state       waits for SLURM" in report(run, NOW)
+    write_events(run, [(-10, "5.0", "start", -1, "on n0")])
+    assert "state       starting: job 5.0" in report(run, NOW)
+
+
+def test_an_end_that_no_rank_could_write(run: Path) -> None:
+    write_events(run, [(-10, "5.0", "start", -1, "on n0")])
+    assert status.main([str(run), "--failed", "no new checkpoint\nin 2 restarts"]) == 0
+    assert "state       failed (exit code 1): no new checkpoint in 2 restarts" in report(run)
+    write(run)
+    assert status.main([str(run), "--failed", "given up"]) == 0
+    content = json.loads((run / "status.json").read_text())
+    assert (content["state"], content["step"], content["eta_s"]) == ("failed", 300, None)
+
+
+def test_lines_that_a_full_disk_cut_are_left_out(run: Path) -> None:
+    (run / "logs" / "events.tsv").write_text("17\t5.0\tstart\t-1\ton n0\n18\t5.0\tend\n\nx\t5.0\tstart\t1\ta\n")
+    assert [event.name for event in read_events(run)] == ["start"]
+
+
+def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"remit: {tmp_path}: no run here: name the folder that a recipe's `run` names\n"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"'])
+def test_a_damaged_status_is_named(text: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "status.json").write_text(text)
+    assert main(["status", str(run)]) == 2
+    assert f"{run}/status.json" in capsys.readouterr().err

@@ -1,0 +1,253 @@
+"""Training jobs on a real SLURM: submitted with `remit launch`, interrupted as clusters do it, and read afterwards.
+
+Node names of this cluster resolve nowhere, as on some real ones, so every run also shows that ranks meet all the same.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.status import report
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import STEPS, Run, has_pending
+from tests.train.runs import metrics
+
+pytestmark = pytest.mark.slurm
+
+NewRun = Callable[..., Run]
+Undisturbed = Callable[[int], list[dict[str, Any]]]
+
+
+def lines(run: Run) -> list[dict[str, Any]]:
+    return metrics(run.folder.parent, run.folder.name)
+
+
+def check_done(run: Run, expected: list[dict[str, Any]]) -> None:
+    """The run ended well, and every figure of every step is what it would have been without interruption."""
+    assert (run.folder / "DONE").read_text() == f"step {STEPS}\n", run.story()
+    assert (run.status["state"], run.status["exit_code"], run.status["step"]) == ("done", 0, STEPS)
+    assert run.events[-1].name == "end"
+    assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1)), "each step once, in order"
+    assert lines(run) == expected
+
+
+def test_from_submission_to_done(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
+    """Two nodes of two ranks, followed, with a preflight and a secret that no file tells."""
+    run, secret = new_run(nproc=2), "f3a9-only-in-memory"
+    resolved = subprocess.run(["getent", "hosts", f"n{2 * run.pair}"])
+    assert resolved.returncode != 0, "node names resolve here, so that this shows nothing about those that do not"
+    profile = {"preflight": True, "environment": {"pass": ["REMIT_TEST_KEY"], "set": {"GLOO_SOCKET_IFNAME": "lo"}}}
+    variables = {"REMIT_TEST_KEY": secret, "UNRELATED_PASSWORD": secret}
+    said = run.launch("--follow", profile=profile, variables=variables).stdout
+    check_done(run, undisturbed(4))
+    assert run.names() == ["start", "end"]
+
+    job = run.events[0].start
+    assert sorted(path.name for path in (run.folder / "logs" / job).iterdir()) == [
+        "preflight.log",
+        *(f"rank-{n}.log" for n in range(4)),
+    ]
+    assert (
+        "4 ranks: devices, disk, clock and all-reduce are well"
+        in (run.folder / "logs" / job / "preflight.log").read_text()
+    )
+    assert f"step {STEPS:,} of {STEPS:,} (100.0%)" in said, "--follow ends with the report"
+    assert f"{run.folder}: done" in said, "--follow shows rank 0's log"
+    assert {"recipe.toml", "job.sbatch", "code.json", "code.diff", "environment.txt"} <= {
+        path.name for path in run.folder.iterdir()
+    }
+
+    accounting = subprocess.run(["sacct"], env=cluster.environment, capture_output=True)
+    assert accounting.returncode != 0, "status needs no accounting: there is none here"
+    assert "restarts    0" in report(run.folder)
+
+    assert secret not in said
+    files = [path for path in run.folder.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
+def test_time_limit(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
+    """SLURM's signal ahead of the limit: all ranks save, the job queues itself again and goes on to the end."""
+    run = new_run(nproc=2)
+    job = run.submit(profile={"signal_lead_s": 150})
+    run.wait_for_step(3)
+    with run.paused(job) as ranks:
+        assert len(ranks) == 4
+        hours, minutes, _ = map(int, cluster.job(job)["RunTime"].split(":"))
+        # SLURM looks twice a minute, and now finds that the signal is due.
+        cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 3}")
+        run.wait(lambda: all(has_pending(pid, signal.SIGUSR1) for pid in ranks), "SLURM sent no signal")
+    run.wait(lambda: cluster.job(job)["JobState"] == "PENDING", "the job did not queue itself again")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    end = run.wait_for_end(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1")
+    assert run.names() == ["start", "requeue", "start", "end"]
+    assert run.events[1].detail == "time limit"
+    assert 3 <= run.events[1].step < STEPS, "the stop saved a checkpoint"
+    assert f"{job}.1 from step {run.events[1].step}: time limit" in report(run.folder)
+    check_done(run, undisturbed(4))
+
+
+def test_preemption(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
+    """A job of a higher partition takes the nodes; ranks save and end within the grace; the run comes back."""
+    run = new_run()
+    job = run.submit()
+    run.wait_for_step(3)
+    with run.paused(job):
+        urgent = submit_urgent(cluster, run.pair)
+        run.wait(lambda: cluster.job(job)["PreemptTime"] != "None", "SLURM did not preempt")
+    end = run.wait_for_end(job)
+    assert cluster.job(urgent)["JobState"] == "COMPLETED"
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1")
+    assert run.names() == ["start", "preempted", "requeue", "start", "end"], run.story()
+    assert 3 <= run.events[2].step < STEPS
+    check_done(run, undisturbed(2))
+
+
+def test_a_job_cancelled_within_the_grace_stays_dead(new_run: NewRun, cluster: Cluster) -> None:
+    run = new_run()
+    job = run.submit()
+    run.wait_for_step(3)
+    script = batch_script(job)
+    os.kill(script, signal.SIGSTOP)
+    try:
+        urgent = submit_urgent(cluster, run.pair)
+        run.wait(lambda: not run.ranks(job), "the ranks did not save and end")
+        assert cluster.job(job)["PreemptTime"] != "None"
+        cluster.run("scancel", job)
+    finally:
+        os.kill(script, signal.SIGCONT)
+    run.wait(lambda: cluster.ended(urgent), "the urgent job did not run")
+    end = run.wait_for_end(job)
+    assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
+    assert "requeue" not in run.names()
+    assert run.status["state"] == "stopped"
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "other"])
+def test_lost_node(which: int, new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
+    """A node goes with everything on it, the job script too if it is the first: the run goes on when it is back."""
+    run = new_run()
+    # SLURM repeats the kill that the lost node did not hear, and may hit a later start: one restart more.
+    job = run.submit(profile={"exit_wait_s": 4, "fruitless_restarts": 5})
+    run.wait_for_step(9)
+    node = f"n{2 * run.pair + which}"
+    with run.paused(job):
+        cluster.lose_node(node, job)
+    run.wait(lambda: cluster.job(job)["JobState"] == "PENDING", "the job did not come back to the queue")
+    cluster.wait(lambda: "down" in cluster.states(), "SLURM did not miss the node")
+    cluster.start_node(node)
+    end = run.wait_for_end(job)
+    assert end["JobState"] == "COMPLETED"
+    starts = [event for event in run.events if event.name == "start"]
+    assert [event.step for event in starts[:2]] == [-1, 8], "from the newest checkpoint"
+    assert (f"lost {node}" if which else "lost without a word") in report(run.folder), run.story()
+    check_done(run, undisturbed(2))
+
+
+def test_chain(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
+    """The first link ends at its limit, the second goes on to the end, the third finds the run done."""
+    run = new_run()
+    jobs = run.jobs("--chain", "3")
+    run.wait_for_step(3)
+    with run.paused(jobs[0]) as ranks:
+        cluster.run("scancel", "--signal=USR1", "--batch", jobs[0])  # the signal of the time limit, as SLURM sends it
+        run.wait(lambda: all(has_pending(pid, signal.SIGUSR1) for pid in ranks), "the ranks got no signal")
+    run.wait_for_end(jobs[2])
+    assert [cluster.job(job)["JobState"] for job in jobs] == ["COMPLETED"] * 3
+    assert [(event.start, event.detail) for event in run.events if event.name == "end"] == [
+        (f"{jobs[0]}.0", "time limit: link 1/3 hands over (exit code 0)"),
+        (f"{jobs[1]}.0", "done (exit code 0)"),
+        (f"{jobs[2]}.0", "the run is done already (exit code 0)"),
+    ]
+    check_done(run, undisturbed(2))
+
+
+def test_a_failing_link_ends_the_chain(new_run: NewRun, cluster: Cluster, tmp_path: Path) -> None:
+    run = new_run()
+    command = ["bash", "slurm/chain.sh", "3", "-p", f"pair{run.pair}", "--output=/dev/null", "--wrap", "exit 3"]
+    jobs = cluster.ask(*command).split()
+    assert len(jobs) == 3
+    run.wait_for_end(jobs[2])
+    assert [cluster.job(job)["JobState"] for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"]
+
+
+def test_crash_loop_ends(new_run: NewRun, cluster: Cluster) -> None:
+    """Ranks that are killed before any checkpoint get two more starts, and no third."""
+    run = new_run()
+    job = run.submit()
+
+    def kill_and_look() -> bool:
+        for pid in run.ranks(job)[:1]:
+            os.kill(pid, signal.SIGKILL)
+        return cluster.ended(job)
+
+    run.wait(kill_and_look, "the job did not give up")
+    assert cluster.job(job)["JobState"] == "FAILED"
+    assert cluster.job(job)["ExitCode"] == "1:0"
+    assert run.names() == ["start", "requeue"] * 2 + ["start", "end"], run.story()
+    assert "killed by signal 9" in run.events[-2].detail or "killed by signal 9" in run.events[-1].detail
+    assert (run.status["state"], run.status["exit_code"]) == ("failed", 1)
+    assert run.status["reason"].startswith("no new checkpoint in 2 restarts")
+    assert "no new checkpoint in 2 restarts" in report(run.folder)
+
+
+def test_two_jobs_on_one_run_folder(new_run: NewRun, cluster: Cluster) -> None:
+    """The second is refused while the first trains; the first, cancelled, saves and stays dead."""
+    run = new_run(nproc=2)
+    first = run.submit(nodes=1)
+    run.wait_for_step(3)
+    with run.paused(first):
+        second = run.submit(nodes=1)
+        end = run.wait_for_end(second)
+        assert (end["JobState"], end["ExitCode"]) == ("FAILED", "2:0")
+        said = (run.folder / "logs" / f"{second}.log").read_text()
+        assert said == f"remit: REMIT_RUN = '{run.folder}' is being trained by job {first}: wait for it or cancel it\n"
+        cluster.run("scancel", first)
+    end = run.wait_for_end(first)
+    assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
+    assert "requeue" not in run.names()
+    assert run.status["state"] == "stopped", run.story()
+
+
+def test_torchrun(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
+    """Agents lose the ranks' exit code; the job reads from status.json that they saved, and goes on."""
+    run = new_run()
+    job = run.submit(profile={"launcher": "torchrun"})
+    run.wait_for_step(3)
+    with run.paused(job) as ranks:
+        assert len(ranks) == 2
+        cluster.run("scancel", "--signal=USR1", "--batch", job)
+        run.wait(lambda: all(has_pending(pid, signal.SIGUSR1) for pid in ranks), "the ranks got no signal")
+    end = run.wait_for_end(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
+    assert run.names() == ["start", "requeue", "start", "end"]
+    logs = {path.name for path in (run.folder / "logs" / f"{job}.1").iterdir()}
+    assert logs == {"agent-0.log", "agent-1.log", "rank-0.log", "rank-1.log"}
+    check_done(run, undisturbed(2))
+
+
+def submit_urgent(cluster: Cluster, pair: int) -> str:
+    command = ["sbatch", "--parsable", "-p", f"urgent{pair}", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    return cluster.ask(*command, "--wrap", "sleep 1")
+
+
+def batch_script(job: str) -> int:
+    """Process id of the job's script."""
+    wanted = f"SLURM_JOB_ID={job}".encode()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "comm").read_text() == "slurm_script\n":
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                mine = wanted in (entry / "environ").read_bytes().split(b"\0")
+                if mine and (Path("/proc") / parent / "comm").read_text() == "slurmstepd\n":
+                    return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"job {job} has no script")
