@@ -24,9 +24,10 @@ def tasks_per_node(profile: Profile, nproc: int | None) -> int:
 
 
 def header(profile: Profile, run: Path, name: str, nodes: int, tasks: int, workdir: Path) -> list[str]:
-    """The options of sbatch, one each. Raises UserError for a path that SLURM cannot write a log to."""
-    if "\\" in str(run):
-        raise UserError(f"run = '{run}': SLURM takes no backslash in the name of a log: name another folder")
+    """The options of sbatch, one each. Raises UserError for a path that sbatch cannot read."""
+    for path in (run, workdir):
+        if re.search(r'["\\]', str(path)):
+            raise UserError(f"{path}: sbatch reads no path with a double quote or a backslash: use another folder")
     options = [f"--job-name=remit-{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}", f"--nodes={nodes}"]
     options.append(f"--ntasks-per-node={tasks}")
     if profile.gpus_per_node:
@@ -80,5 +81,5 @@ def render(template: str, options: list[str], values: dict[str, str], modules: t
 
 
 def _quoted(option: str) -> str:
-    """sbatch splits its lines at blanks, and understands quotes, backslashes and comments."""
-    return re.sub(r"""([\\\s"'#])""", r"\\\1", option)
+    """sbatch splits its lines at blanks, and understands quotes and comments."""
+    return f'"{option}"' if re.search(r"[\s'#]", option) else option

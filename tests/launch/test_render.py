@@ -65,17 +65,25 @@ def test_values_arrive_as_they_are(tmp_path: Path) -> None:
             "environment": {"pass": ["HF_TOKEN"], "set": {"MINE": NASTY}},
         }
     )
-    script = script_of(profile, Path(NASTY), Path("/work dir"))
+    values = settings(profile, Path(NASTY), "/venv/bin/python", Path("/work dir"))
+    script = render("train.sbatch", ["--nodes=2"], values)
     exports = "".join(f"{line}\n" for line in script.splitlines() if line.startswith("export ") and "=" in line)
     result = subprocess.run(
         ["bash", "-c", exports + "env -0"], capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}
     )
-    values = dict(entry.split("=", 1) for entry in result.stdout.split("\0") if "=" in entry)
-    assert values["MINE"] == values["REMIT_CONTAINER_IMAGE"] == values["REMIT_RUN"] == NASTY
-    assert values["REMIT_RECIPE"] == f"{NASTY}/recipe.toml"
-    assert values["REMIT_CONTAINER_MOUNTS"] == f"/a:/b,{NASTY}"
-    assert values["REMIT_CONTAINER_ENV"] == "HF_TOKEN,MINE"
-    assert "HF_TOKEN" not in values
+    seen = dict(entry.split("=", 1) for entry in result.stdout.split("\0") if "=" in entry)
+    assert seen["MINE"] == seen["REMIT_CONTAINER_IMAGE"] == seen["REMIT_RUN"] == NASTY
+    assert seen["REMIT_RECIPE"] == f"{NASTY}/recipe.toml"
+    assert seen["REMIT_CONTAINER_MOUNTS"] == f"/a:/b,{NASTY}"
+    assert seen["REMIT_CONTAINER_ENV"] == "HF_TOKEN,MINE"
+    assert "HF_TOKEN" not in seen
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b"])
+def test_a_path_that_sbatch_cannot_read(name: str) -> None:
+    for run, workdir in ((Path("/runs") / name, Path("/home")), (Path("/runs/a"), Path("/home") / name)):
+        with pytest.raises(UserError, match="sbatch reads no path with a double quote or a backslash"):
+            header(Profile(), run, "a", 1, 1, workdir)
 
 
 @pytest.mark.parametrize(

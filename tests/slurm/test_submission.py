@@ -49,7 +49,7 @@ def test_a_refused_submission_is_one_line(new_run: NewRun) -> None:
 
 def test_the_pages_first_run(pair: int, cluster: Cluster, data: Path, tmp_path: Path) -> None:
     """docs/clusters.md, line by line, in a folder of an odd name and with a recipe of relative paths."""
-    folder = tmp_path / 'it\'s "100%j" of #1'
+    folder = tmp_path / "it's 100%j of #1"
     shutil.copytree(data, folder / "data")
     recipe = settings(Path("data"), "first", parallel={"tensor": 2}, evaluation={"every_steps": 0, "samples": 2})
     (folder / "recipe.toml").write_text(dump_toml(parse_recipe(recipe | {"run": "runs/first"})))
