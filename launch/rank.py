@@ -83,7 +83,8 @@ def apply_rules(argv: Sequence[str]) -> None:
     added = environment.chosen(facts, os.environ)
     os.environ.update(added)
     said = "  ".join(f"{name}={value}" for name, value in added.items())
-    print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {said}", file=sys.stderr, flush=True)
+    where = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
+    print(f"{where}: {said}" if said else where, file=sys.stderr, flush=True)
     for line in environment.contradictions(facts, os.environ):
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
