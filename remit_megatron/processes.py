@@ -18,3 +18,10 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+
+
+def serve_rank(rank_process: int) -> None:
+    """For a helper process of a rank: it ends with the rank, and not by a signal that asks the whole job to stop."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(rank_process)

@@ -5,9 +5,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import multiprocessing
+import os
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
+
+from remit_megatron.processes import serve_rank
 
 
 def importable(module: str) -> bool:
@@ -36,6 +41,19 @@ def has_transformer_engine() -> bool:
 def own_writer(save: Any) -> dict[str, str]:
     """Arguments of dist_checkpointing.save that choose Megatron-Core's own asynchronous writer where it has another."""
     return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+
+
+def keep_results_with_rank() -> None:
+    """Start the process that holds the results of Megatron's asynchronous writer so that it ends with this rank.
+
+    Megatron's own start lets it outlive a rank that is killed, with the rank's output open.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if getattr(filesystem_async, "_results_queue", True) is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(serve_rank, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
 
 
 def submodules_of(spec: Any) -> Any:

@@ -164,6 +164,7 @@ class BackgroundSave:
         self._folder = Path()
         # A child must not outlive its parent: it would go on writing beside the process that takes over.
         os.register_at_fork(after_in_child=die_with_parent)
+        compat.keep_results_with_rank()
 
     def start(self, folder: Path, chunks: list[Any], optimizer: Any | None, commit: Callable[[], None]) -> None:
         """Begin to write into an existing, empty folder; `commit` runs on every rank once all ranks have written."""

@@ -40,7 +40,8 @@ def fork_ranks(recipe: dict[str, Any], folder: str) -> list[int]:
                 dist.init_process_group(
                     "gloo", store=dist.FileStore(f"{store}/store", RANKS), rank=rank, world_size=RANKS
                 )
-                code = train_all(rank, [recipe])[0][0]
+                code, message = train_all(rank, [recipe])[0]
+                print(message, file=sys.stderr, flush=True)
             finally:
                 os._exit(code)
         pids.append(pid)
@@ -68,15 +69,15 @@ def main(recipe: dict[str, Any], kills: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for kill in range(kills):
             recipe["checkpoint"]["asynchronous"] = kill % 3 == 2
-            pids = fork_ranks(recipe, folder)
-            left = list(pids)
+            started_s = time.time()
+            left = fork_ranks(recipe, folder)
             saves = chance.randint(0, 2)  # complete ones before the kill
             pause_s, begun = chance.uniform(0, 0.1), newest(run)
-            while left and not (newest(run) >= begun + saves and any((run / "checkpoints").glob(".partial-*"))):
+            while left and not (newest(run) >= begun + saves and is_saving(run, started_s)):
                 left = [pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0]
                 time.sleep(0.001)
             time.sleep(pause_s)
-            during += any((run / "checkpoints").glob(".partial-*"))
+            during += is_saving(run, started_s)
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
             for pid in left:
@@ -86,6 +87,14 @@ def main(recipe: dict[str, Any], kills: int) -> dict[str, Any]:
         recipe["checkpoint"]["asynchronous"] = False
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in fork_ranks(recipe, folder)]
     return {"kills": done, "during_saves": during, "wrong": wrong, "codes": codes}
+
+
+def is_saving(run: Path, since_unix_s: float) -> bool:
+    """Whether a save is under way that is no killed process's remainder."""
+    try:
+        return any(path.stat().st_mtime >= since_unix_s for path in (run / "checkpoints").glob(".partial-*"))
+    except FileNotFoundError:  # it has just been renamed
+        return False
 
 
 def newest(run: Path) -> int:
