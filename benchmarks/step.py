@@ -11,32 +11,41 @@ forward and a backward of twice its cost. Times are noisy on a shared machine; t
     remit         scored by the reference before each step
     remit-fp8     the same, the reference's linears in FP8
     remit-graph   the same as remit, its pass replayed as a CUDA graph; on CUDA only
-    remit-scores  scores come with the batch, as from a cache
+    remit-scores  scores come with the batch, as from a cache or a scorer that keeps pace
+    remit-queued  scores come from a process that scores beside this one (CPU only)
+    rho1          scored as remit; the top 0.8 of each sample's tokens
+    kd            the reference's distribution over the whole vocabulary
+
+On a CPU the processor time of each step is kept beside its wall time: it hardly moves with what else a machine does.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import platform as machine
 import resource
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.step_scorer import Queue, random_batches
 from remit_megatron.config import Optimizer, Parallel, Schedule
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import compat, platform
-from remit_megatron.objectives import NTP, Remit
+from remit_megatron.objectives import KD, NTP, Remit, Rho1
 from remit_megatron.shape import ModelShape
 from remit_megatron.train import flops
 
-ARMS = ("ntp", "remit", "remit-fp8", "remit-graph", "remit-scores")
-SCORED = ("remit", "remit-fp8", "remit-graph")
+ARMS = ("ntp", "remit", "remit-fp8", "remit-graph", "remit-scores", "remit-queued", "rho1", "kd")
+CPU_ARMS = ("ntp", "remit", "remit-scores", "remit-queued", "rho1", "kd")
+CUDA_ARMS = ("ntp", "remit", "remit-fp8", "remit-scores", "rho1", "kd")
+SCORED = ("remit", "remit-fp8", "remit-graph", "rho1", "kd")
 """Arms that run the reference."""
 LIMITS: dict[str, tuple[str, float | None, float]] = {
     "remit over ntp": ("<=", 1.37, 1.33),
@@ -46,6 +55,23 @@ LIMITS: dict[str, tuple[str, float | None, float]] = {
     "ntp mfu": (">=", 0.40, 0.50),
 }
 """Of the shape olmo2-1b on a GPU: direction, what it must reach, what it aims at."""
+CPU_LIMITS: dict[str, tuple[str, float | None, float]] = {
+    "remit over ntp": ("<=", 1.45, 1.33),
+    "remit-scores over ntp": ("<=", 1.03, 1.00),
+    "remit-queued over ntp": ("<=", 1.03, 1.00),
+    "scoring rate over ntp": (">=", 2.5, 3.0),
+}
+"""Of the shape small on a CPU, by processor time."""
+
+
+class Times(NamedTuple):
+    """Seconds of a step, and of its part that the reference took."""
+
+    wall: float
+    cpu: float
+    score_wall: float
+    score_cpu: float
+
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -130,40 +156,50 @@ class Bench:
         if set(SCORED) & set(arms):
             reference, _ = build_chunks(setting["shape"], Parallel(), build, max_sequence_length=length, scorer=True)
         self.products = fp8.quantise(reference, device, dtype) if "remit-fp8" in arms else []
-        ntp = make_forward_step(NTP(), groups=self.groups)
-        remit = make_forward_step(Remit(), reference, groups=self.groups)
-        graph = make_forward_step(Remit(), reference, groups=self.groups, graph=Replayed())
-        self.arms = {arm: {"ntp": ntp, "remit-graph": graph}.get(arm, remit) for arm in arms}
-        self.generator = torch.Generator().manual_seed(0)
+        objectives: dict[str, Any] = {"ntp": NTP(), "rho1": Rho1(), "kd": KD()}
+        self.arms = {
+            arm: make_forward_step(
+                objectives.get(arm, Remit()),
+                reference,
+                groups=self.groups,
+                graph=Replayed() if arm == "remit-graph" else None,
+            )
+            for arm in arms
+        }
+        self.queue = Queue(setting) if "remit-queued" in arms else None
+        self.steps = 0
 
-    def batches(self) -> list[dict[str, torch.Tensor]]:
-        shape = (self.setting["microbatch_samples"], self.setting["sequence_length"] + 1)
-        batches = []
-        for _ in range(self.setting["num_microbatches"]):
-            text = torch.randint(self.setting["shape"].vocab_size, shape, generator=self.generator)
-            one = {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": torch.ones(shape[0], shape[1] - 1)}
-            batches.append({key: value.contiguous().to(self.device) for key, value in one.items()})
-        return batches
-
-    def step(self, arm: str) -> tuple[float, float]:
-        """(seconds of the whole step, of which the reference took)."""
+    def step(self, arm: str) -> Times:
         from remit_megatron.mcore import fp8, optim
         from remit_megatron.mcore.step import run_schedule
 
-        forward_step, batches = self.arms[arm], self.batches()
+        self.steps += 1
+        if arm == "remit-queued" and self.queue:
+            self.queue.step += 1
+            batches = random_batches(self.setting, self.device, self.queue.step)
+        else:
+            batches = random_batches(self.setting, self.device, 1_000_000 + self.steps)
+        forward_step = self.arms[arm]
         if arm == "remit-scores":
             for batch in batches:
                 batch["ref_nll"] = torch.rand_like(batch["loss_mask"]) * 12
-        started = self._now()
+        started = self._mark()
         optim.zero_grads(self.chunks, self.optimizer)
-        scored = started
+        score = 0.0, 0.0
+        if arm == "remit-queued" and self.queue:
+            self.queue.fill(batches)
         if arm in SCORED:
+            begun = self._mark()
             with contextlib.nullcontext() if arm == "remit-fp8" else fp8.disabled(self.products):
                 forward_step.score(batches)
-            scored = self._now()
+            score = _seconds(begun, self._mark())
         run_schedule(forward_step, batches, self.chunks, forward_only=False)
         optim.optimizer_step(self.optimizer, 1.0)
-        return self._now() - started, scored - started
+        return Times(*_seconds(started, self._mark()), *score)
+
+    def _mark(self) -> tuple[float, float]:
+        """Wall time and the process's own."""
+        return self._now(), time.process_time()
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -179,27 +215,46 @@ class Bench:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _seconds(begun: tuple[float, float], ended: tuple[float, float]) -> tuple[float, float]:
+    return ended[0] - begun[0], ended[1] - begun[1]
+
+
 def measure(bench: Bench, warmup: int, pairs: int) -> dict[str, Any]:
     """Interleave the arms; the order within a round alternates, so that none always runs first."""
-    seconds: dict[str, list[float]] = {arm: [] for arm in bench.arms}
-    shares: dict[str, list[float]] = {}
+    times: dict[str, list[Times]] = {arm: [] for arm in bench.arms}
     for i in range(warmup + pairs):
         for arm in list(bench.arms) if i % 2 == 0 else list(bench.arms)[::-1]:
-            total, score = bench.step(arm)
+            one = bench.step(arm)
             if i >= warmup:
-                seconds[arm].append(total)
-                if score:
-                    shares.setdefault(arm, []).append(score / total)
-    ratios = {}
-    if "ntp" in seconds:
-        for arm in seconds.keys() - {"ntp"}:
-            pairwise = zip(seconds[arm], seconds["ntp"], strict=True)
-            ratios[f"{arm} over ntp"] = _spread([a / b for a, b in pairwise])
-    return {
-        "step_seconds": {arm: _spread(values) for arm, values in seconds.items()},
-        "ratios": dict(sorted(ratios.items())),
-        "reference_share": {arm: _spread(values) for arm, values in shares.items()},
+                times[arm].append(one)
+    result = _figures({arm: [(t.wall, t.score_wall) for t in found] for arm, found in times.items()})
+    if bench.device.type == "cpu":
+        result["processor_time"] = _figures(
+            {arm: [(t.cpu, t.score_cpu) for t in found] for arm, found in times.items()}
+        )
+    return result
+
+
+def _figures(times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Medians and spreads of (step, its scoring), and of ratios of neighbouring steps."""
+    found: dict[str, Any] = {
+        "step_seconds": {arm: _spread([step for step, _ in pairs]) for arm, pairs in times.items()},
+        "ratios": {},
+        "reference_share": {arm: _spread([s / t for t, s in pairs]) for arm, pairs in times.items() if pairs[0][1]},
     }
+    if "ntp" in times:
+        ntp = [step for step, _ in times["ntp"]]
+        for arm in sorted(times.keys() - {"ntp"}):
+            pairwise = zip(times[arm], ntp, strict=True)
+            found["ratios"][f"{arm} over ntp"] = _spread([step / base for (step, _), base in pairwise])
+        if "remit" in times:
+            scoring = [score for _, score in times["remit"]]
+            # Of one device's tokens a second; and device hours with those of the scoring counted in.
+            found["scoring rate over ntp"] = _spread([b / s for s, b in zip(scoring, ntp, strict=True)])
+            if "remit-scores" in times:
+                three = zip(times["remit-scores"], scoring, ntp, strict=True)
+                found["remit-scores and their scoring over ntp"] = _spread([(t + s) / b for (t, _), s, b in three])
+    return found
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -215,7 +270,8 @@ def describe(bench: Bench, name: str) -> dict[str, Any]:
         "model": setting["shape"].model_dump(),
         "tokens_per_step": setting["sequence_length"] * setting["microbatch_samples"] * setting["num_microbatches"],
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "machine": f"{machine.system()} {machine.machine()}",
+        "machine": f"{machine.system()} {machine.machine()}, {os.cpu_count()} cores",
+        "load": os.getloadavg(),
         "dtype": "bfloat16" if cuda else "float32",
         "versions": {name: compat.version(name) for name in ("torch", "megatron-core", "triton")},
     }
@@ -226,6 +282,12 @@ def add_peaks(bench: Bench, result: dict[str, Any]) -> None:
     setting = bench.setting
     if bench.device.type != "cuda":
         result["peak_bytes"] = {"process": bench.peak_bytes(next(iter(bench.arms)))}
+        by_cpu = result["processor_time"]
+        values = {name: by_cpu["ratios"].get(name, by_cpu.get(name)) for name in CPU_LIMITS}
+        if result["shape"] == "small":
+            result["verdicts"] = {
+                name: _verdict(spread["median"], *CPU_LIMITS[name]) for name, spread in values.items() if spread
+            }
         return
     result["peak_bytes"] = {arm: bench.peak_bytes(arm) for arm in bench.arms}
     peak = flops.peak_flops(bench.device)
@@ -236,7 +298,7 @@ def add_peaks(bench: Bench, result: dict[str, Any]) -> None:
         result["ntp_tokens_per_s"] = rate
         result["ntp_mfu"] = found["ntp mfu"] = rate * per_token / peak
     if result["shape"] == "olmo2-1b":
-        result["verdicts"] = {name: _verdict(value, *LIMITS[name]) for name, value in found.items()}
+        result["verdicts"] = {name: _verdict(value, *LIMITS[name]) for name, value in found.items() if name in LIMITS}
 
 
 def _verdict(value: float, sign: str, must: float | None, aim: float) -> dict[str, Any]:
@@ -252,7 +314,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--shape", choices=SHAPES, help="default: olmo2-1b on CUDA, small on CPU")
     parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, help="default: all but remit-graph on CUDA, ntp and remit on CPU"
+        "--arms", nargs="+", choices=ARMS, help="default: all that a graph, FP8 or a device do not rule out"
     )
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=10, help="steps of each arm that count")
@@ -263,15 +325,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     device = platform.activate(options.device)
     cuda = device.type == "cuda"
+    if cuda and "remit-queued" in (options.arms or ()):
+        raise UserError("the arm remit-queued needs a second device for its scorer and runs on a CPU only here")
     name = options.shape or ("olmo2-1b" if cuda else "small")
     # FP8 on a CPU is for tests: its products are slower than float32's.
-    default = ("ntp", "remit", "remit-fp8", "remit-scores") if cuda else ("ntp", "remit")
-    arms = list(dict.fromkeys(options.arms or default))
+    arms = list(dict.fromkeys(options.arms or (CUDA_ARMS if cuda else CPU_ARMS)))
     dist.init_process_group(platform.backend(device), store=dist.HashStore(), rank=0, world_size=1)
     try:
         bench = Bench(SHAPES[name], device, arms)
         result = describe(bench, name) | measure(bench, options.warmup, options.pairs)
         add_peaks(bench, result)
+        if bench.queue:
+            result["queue_wait_seconds"] = _spread(bench.queue.waits[options.warmup :])
+            bench.queue.close()
     finally:
         dist.destroy_process_group()
     return result

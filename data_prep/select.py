@@ -44,6 +44,12 @@ def select(
     large_nll, large_tied = _mean_nll(large, indexed, manifest)
     small_nll, small_tied = _mean_nll(small, indexed, manifest)
     kept = difference_sampling(large_nll, small_nll, keep, lengths=indexed.lengths if by == "tokens" else None)
+    unscored = np.isnan(small_nll - large_nll)
+    if (kept & unscored).any():
+        raise UserError(
+            f"--keep {keep} keeps documents without a score, of which there are {unscored.sum():,} of {len(kept):,}: "
+            "score them too, or lower --keep"
+        )
     report = _report(indexed, large_nll, small_nll, kept)
     report |= {"prefix": prefix, "fingerprint": fingerprint(manifest), "large": str(large), "small": str(small),
                "scores_tied_to_dataset": large_tied and small_tied, "keep": keep, "keep_of": by}  # fmt: skip
@@ -67,7 +73,7 @@ def difference_sampling(
 
     lengths: tokens of each document [documents]; with them `keep` is a share of the tokens, else of the documents.
     """
-    best = np.argsort(large_nll - small_nll, kind="stable")
+    best = np.argsort(large_nll - small_nll, kind="stable")  # what has no score is last
     if lengths is None:
         count = int(keep * len(best))
     else:
@@ -102,8 +108,10 @@ def _mean_nll(path: Path, indexed: IndexedTokens, manifest: Manifest) -> tuple[n
             raise UserError(f"{sidecar}: scores of the dataset {str(named)[:12]}, not of {indexed.prefix} "
                             f"({fingerprint(manifest)[:12]}): score this dataset")  # fmt: skip
     means = values.astype(np.float64) if len(values) == indexed.num_documents else _document_means(values, indexed)
-    if not np.isfinite(means).all():
-        where = int(np.argmin(np.isfinite(means)))
+    by_document = len(values) == indexed.num_documents
+    broken = ~np.isfinite(means) if by_document else np.isinf(means)  # a document may have no scored token
+    if broken.any():
+        where = int(np.argmax(broken))
         raise UserError(f"{path}: document {where} has the score {means[where]}: score it again")
     return means, tied
 
@@ -150,7 +158,14 @@ def _report(indexed: IndexedTokens, large_nll: np.ndarray, small_nll: np.ndarray
         figures: dict[str, Any] = {"documents": count, "tokens": int(lengths[chosen].sum())}
         if count:
             means = {"score_mean": score, "large_nll_mean": large_nll, "small_nll_mean": small_nll}
-            figures |= {name: float(values[chosen].mean()) for name, values in means.items()}
+            scored = chosen & ~np.isnan(score)
+            figures |= {name: float(values[scored].mean()) for name, values in means.items() if scored.any()}
         return figures
 
-    return {"threshold": float(score[kept].min()), "kept": side(kept), "dropped": side(~kept)}
+    unscored = int(np.isnan(score).sum())
+    return {
+        "threshold": float(score[kept].min()),
+        "unscored_documents": unscored,
+        "kept": side(kept),
+        "dropped": side(~kept),
+    }

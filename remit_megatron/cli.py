@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(train)
     train.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks")
     train.add_argument("--fallback", action="store_true", help="where the newest checkpoint is damaged, use an older")
+    train.add_argument("--scorers", type=_positive, metavar="N", help="and N ranks that score beside them")
     train.set_defaults(func=_train)
 
     evaluate = commands.add_parser("eval", help="held-out NLL and exact-match accuracy of a checkpoint")
@@ -50,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--check", type=_positive, nargs="?", const=64, default=0, metavar="N", help="compare N samples, default 64"
     )
+    score.add_argument("--export", metavar="DIR", help="write the scores by token, for `remit data select`")
+    score.add_argument("--follow", action="store_true", help="score for the recipe's run while it trains")
     score.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks")
     score.set_defaults(func=_score)
 
@@ -113,8 +116,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from remit_megatron.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    more = ["--fallback"] if arguments.fallback else []
+    if arguments.scorers is not None:
+        from launch.scorers import run_with_scorers
+
+        command = [arguments.recipe, *_overrides(arguments)]
+        return run_with_scorers(recipe, command, more, arguments.nproc, arguments.scorers)
     if arguments.nproc is not None:
-        more = ["--fallback"] if arguments.fallback else []
         return _start_ranks(["train", arguments.recipe, *_overrides(arguments), *more], arguments.nproc)
     from remit_megatron.train.loop import train
 
@@ -144,11 +152,22 @@ def _score(arguments: argparse.Namespace) -> int:
     from remit_megatron.train.score import parse_shard, score_recipe
 
     recipe, shard = load_recipe(arguments.recipe, arguments.overrides), parse_shard(arguments.shard)
+    if arguments.export:
+        from remit_megatron.train.export import export_scores
+
+        print(*export_scores(recipe, arguments.output, arguments.export), sep="\n")
+        return 0
     if arguments.nproc is not None:
         command = ["score", arguments.recipe, *_overrides(arguments), "--shard", arguments.shard]
         command += ["--output", arguments.output] if arguments.output else []
         command += ["--check", str(arguments.check)] if arguments.check else []
+        command += ["--follow"] if arguments.follow else []
         return _start_ranks(command, arguments.nproc)
+    if arguments.follow:
+        from remit_megatron.train.follow import follow_run
+
+        follow_run(recipe)
+        return 0
     score_recipe(recipe, arguments.output, shard, arguments.check)
     return 0
 

@@ -59,35 +59,6 @@ class Model(Section):
     """Layer spec. `transformer_engine` fails at start where it is not installed."""
 
 
-class Reference(Section):
-    """The frozen model whose confidence weights the tokens."""
-
-    path: str
-    """Checkpoint, run or Hugging Face folder, as `model.init`. It may differ from the student in width and depth."""
-    head_chunk_tokens: Positive = 2048
-    """Tokens whose reference logits exist at one time."""
-    merge_microbatches: Positive = 1
-    """Microbatches that the reference scores in one pass."""
-    precision: Literal["same", "fp8"] = "same"
-    """`fp8`: the layers' linears multiply in 8 bits. What that does to scores and weights is measured at the start."""
-    cuda_graph: bool = False
-    """Replay the reference's pass as a CUDA graph, checked against the pass itself at the start and every 200 passes.
-    For one GPU a model (no tensor, pipeline or context parallelism). Its activations stay allocated."""
-    scores: str | None = None
-    """Folder of scores made by `remit score`, read in place of running the model."""
-    check_samples: NonNegative = 4
-    """Samples that are scored again at the start, to compare with `scores`. 0: the model is not loaded at all."""
-    write_scores: str | None = None
-    """Folder that keeps the scores made online, rounded; samples that are scored already are read from it."""
-    round_scores: bool = False
-    """Round scores made online to the steps in which `remit score` stores them."""
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the scores that weights are made of are rounded."""
-        return self.round_scores or self.scores is not None or self.write_scores is not None
-
-
 class Source(Section):
     path: str
     """Prefix of a .bin/.idx pair."""
@@ -135,6 +106,56 @@ class Parallel(Section):
     """Shard optimizer states over data-parallel ranks."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+
+
+class Queue(Section):
+    """A scorer, `remit score RECIPE --follow`, runs ahead of the run and leaves each step's scores in a folder."""
+
+    folder: str | None = None
+    """On a file system that run and scorer share; default: `queue` in the run's folder."""
+    ahead_steps: Positive = 8
+    """Steps that the scorer may be ahead. So many lie in the folder, 4 bytes a token; the scorer removes used ones."""
+    timeout_s: float = Field(60.0, ge=1)
+    """A scorer that has not moved for so long counts as gone. Reading files late, a shared file system adds to it."""
+    fallback: Literal["online", "stop"] = "online"
+    """Without a scorer the run scores online until one comes back. `stop`: the reference is not loaded, and the run
+    stops when it has waited for `timeout_s`."""
+    parallel: Parallel | None = None
+    """Layout of the scorer; default: the run's."""
+    microbatch_samples: Positive | None = None
+    """Of the scorer; default: the run's."""
+
+
+class Reference(Section):
+    """The frozen model whose confidence weights the tokens."""
+
+    path: str
+    """Checkpoint, run or Hugging Face folder, as `model.init`. It may differ from the student in width and depth."""
+    head_chunk_tokens: Positive = 2048
+    """Tokens whose reference logits exist at one time."""
+    merge_microbatches: Positive = 1
+    """Microbatches that the reference scores in one pass."""
+    precision: Literal["same", "fp8"] = "same"
+    """`fp8`: the layers' linears multiply in 8 bits. What that does to scores and weights is measured at the start."""
+    cuda_graph: bool = False
+    """Replay the reference's pass as a CUDA graph, checked against the pass itself at the start and every 200 passes.
+    For one GPU a model (no tensor, pipeline or context parallelism). Its activations stay allocated."""
+    scores: str | None = None
+    """Folder of scores made by `remit score`, read in place of running the model."""
+    check_samples: NonNegative = 4
+    """Samples that are scored again at the start, to compare with `scores`. 0: the model is not loaded at all."""
+    write_scores: str | None = None
+    """Folder that keeps the scores made online, rounded; samples that are scored already are read from it."""
+    round_scores: bool = False
+    """Round scores made online to the steps in which `remit score` stores them."""
+
+    queue: Queue | None = None
+    """Scores made beside the run by a scorer of its own."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the scores that weights are made of are rounded."""
+        return self.round_scores or self.scores is not None or self.write_scores is not None
 
 
 class Batch(Section):
@@ -222,6 +243,13 @@ class Logging(Section):
     tensorboard: bool = False
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "remit"
+    tokens_every_steps: NonNegative = 0
+    """NLL, reference and weight of each token of a few held-out samples go to `tokens/` of the run folder as Parquet,
+    and a histogram of the weights to the loggers. 0: never."""
+    tokens_samples: Positive = 4
+    """The first so many samples."""
+    tokens_source: str | None = None
+    """Name of the held-out set in data.eval; default: the first."""
 
 
 class Recipe(Section):
@@ -278,6 +306,27 @@ class Recipe(Section):
             settings["rounded_scores"] = self.reference.rounds
         return settings
 
+    def for_scorer(self) -> "Recipe":
+        """This recipe in the layout of `reference.queue`'s scorer. Raises UserError where that layout does not fit."""
+        assert self.reference is not None
+        assert self.reference.queue is not None
+        queue, settings = self.reference.queue, self.model_dump()
+        settings["parallel"] = (queue.parallel or self.parallel).model_dump()
+        settings["batch"]["microbatch_samples"] = queue.microbatch_samples or self.batch.microbatch_samples
+        return parse_recipe(settings, where="reference.queue")
+
+    @property
+    def tokens_source(self) -> str:
+        """The held-out set whose tokens are recorded."""
+        return self.logging.tokens_source or next(iter(self.data.eval))
+
+    @property
+    def queue_folder(self) -> Path:
+        """Where a scorer leaves its scores."""
+        assert self.reference is not None
+        assert self.reference.queue is not None
+        return Path(self.reference.queue.folder or Path(self.run) / "queue")
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         objective = self.build_objective()
@@ -290,6 +339,13 @@ class Recipe(Section):
         if self.compute.loss_head == "sequence_chunks":
             check_by_sample(objective)
         self._check_scores(objective)
+        if self.logging.tokens_every_steps and not self.data.eval:
+            raise UserError("logging.tokens_every_steps records held-out samples: name a set in data.eval")
+        if self.logging.tokens_source not in (None, *self.data.eval):
+            raise UserError(
+                f"logging.tokens_source = '{self.logging.tokens_source}' is not in data.eval "
+                f"({', '.join(self.data.eval) or 'which is empty'})"
+            )
         if self.optimizer.min_lr > self.optimizer.peak_lr:
             raise UserError("optimizer.min_lr must not exceed optimizer.peak_lr")
         self._check_layout()
@@ -297,12 +353,16 @@ class Recipe(Section):
 
     def _check_scores(self, objective: Objective) -> None:
         reference = self.reference
-        if reference is None or not (reference.scores or reference.write_scores):
+        if reference is None or not (reference.scores or reference.write_scores or reference.queue):
             return
         if reference.scores and reference.write_scores:
             raise UserError("reference.scores and reference.write_scores: give one of them, to read or to fill")
+        if reference.scores and reference.queue:
+            raise UserError(
+                "reference.scores and reference.queue: give one of them, scores made ahead or beside the run"
+            )
         if getattr(objective, "needs_reference_hidden", False):
-            key = "scores" if reference.scores else "write_scores"
+            key = "scores" if reference.scores else "write_scores" if reference.write_scores else "queue"
             raise UserError(
                 f"reference.{key} is for one number a token, and objective.name = '{objective.name}' needs the "
                 "reference's whole distribution: remove it"

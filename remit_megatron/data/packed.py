@@ -30,6 +30,15 @@ class PackedSamples:
 
     def text(self, index: int) -> np.ndarray:
         """Token ids of one sample, [s + 1] int64."""
+        tokens = self.indexed.tokens
+        parts = [tokens[low:high] for low, high in self._slices(index)]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+
+    def places(self, index: int) -> np.ndarray:
+        """Where in .bin the tokens of one sample are, [s + 1] int64, counted in tokens."""
+        return np.concatenate([np.arange(low, high) for low, high in self._slices(index)])
+
+    def _slices(self, index: int) -> list[tuple[int, int]]:
         number = int(self.shuffle_index[index])
         (first, offset), (last, end) = self.sample_index[number].tolist(), self.sample_index[number + 1].tolist()
         documents = self.document_index[first : last + 1]
@@ -37,9 +46,7 @@ class PackedSamples:
         stops = starts + self.indexed.lengths[documents]
         stops[-1] = starts[-1] + end + 1  # the token after the sample is its last label
         starts[0] += offset
-        tokens = self.indexed.tokens
-        parts = [tokens[low:high] for low, high in zip(starts.tolist(), stops.tolist(), strict=True)]
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+        return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def open_packed(indexed: IndexedTokens, folder: Path) -> PackedSamples:

@@ -144,7 +144,7 @@ class ScoreCache:
         """Open for writing: make the folder, or go on with it. Raises UserError where it holds other scores."""
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / ".lock", wait=True):
+        with locked(folder / ".lock"):
             if (folder / "manifest.json").exists():
                 found = CacheManifest.read(folder, key)
                 check_same(found, manifest, folder, key)
@@ -160,7 +160,8 @@ class ScoreCache:
     @contextmanager
     def writing_shard(self, shard: int, shards: int) -> Iterator[None]:
         """Raises UserError where another process writes the same shard."""
-        with _lock(self.folder / f".shard-{shard}-of-{shards}.lock", wait=False):
+        path = self.folder / f".shard-{shard}-of-{shards}.lock"
+        with locked(path, busy=f"{self.folder}: another process scores this shard: wait for it or stop it"):
             yield
 
     def write_block(self, block: Block, steps: np.ndarray, mask: np.ndarray) -> None:
@@ -310,6 +311,21 @@ class ScoreCache:
 
 def check_same(found: CacheManifest, wanted: CacheManifest, folder: Path, key: str, *, sources: bool = True) -> None:
     """Raises UserError naming the first thing in which the scores found differ from those wanted."""
+    different = first_difference(found, wanted)
+    if different:
+        words, a, b = different
+        raise UserError(
+            f"{key}: the scores in {folder} do not fit: {words} was {a} when they were made, this recipe has {b}: run "
+            "`remit score` into another folder"
+        )
+    if sources and [s.fingerprint for s in found.sources] != [s.fingerprint for s in wanted.sources]:
+        raise UserError(
+            f"{key}: {folder} holds scores of other datasets than data.train: run `remit score` into another folder"
+        )
+
+
+def first_difference(found: CacheManifest, wanted: CacheManifest) -> tuple[str, Any, Any] | None:
+    """What scores depend on besides the datasets: its name, and the value of each side, shortened."""
     names = {
         "reference": "the reference's weights",
         "precision": "the precision",
@@ -323,14 +339,8 @@ def check_same(found: CacheManifest, wanted: CacheManifest, folder: Path, key: s
     for name, words in names.items():
         a, b = getattr(found, name), getattr(wanted, name)
         if a != b:
-            raise UserError(
-                f"{key}: the scores in {folder} do not fit: {words} was {_short(a)} when they were made, this recipe "
-                f"has {_short(b)}: run `remit score` into another folder"
-            )
-    if sources and [s.fingerprint for s in found.sources] != [s.fingerprint for s in wanted.sources]:
-        raise UserError(
-            f"{key}: {folder} holds scores of other datasets than data.train: run `remit score` into another folder"
-        )
+            return words, _short(a), _short(b)
+    return None
 
 
 def _short(value: Any) -> Any:
@@ -342,11 +352,14 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _lock(path: Path, *, wait: bool) -> Iterator[None]:
-    """The kernel's lock: it goes with the process, however that ends."""
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """The kernel's lock on a file: it goes with the process, however that ends.
+
+    busy: what the UserError says where another process holds it. None: wait for that one.
+    """
     with writing(path), path.open("a") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
-            raise UserError(f"{path.parent}: another process scores this shard: wait for it or stop it") from None
+            raise UserError(busy or "") from None
         yield

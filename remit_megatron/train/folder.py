@@ -9,8 +9,8 @@ from remit_megatron.config import Recipe, load_recipe
 from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import UserError
 
-OURS = ("logs", "status.json")
-"""What a start that failed before its first step may leave behind."""
+OURS = ("logs", "status.json", "queue")
+"""What a start that failed before its first step, or a scorer that came first, may leave behind."""
 
 
 class RunFolder:

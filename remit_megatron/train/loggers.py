@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -100,8 +101,26 @@ class TensorBoardLog:
 
     def write(self, line: Line) -> None:
         for name, value in line.items():
-            if name not in ("step", "tokens"):
+            if isinstance(value, dict):
+                self._histogram(name, value, line["step"])
+            elif name not in ("step", "tokens"):
                 self._writer.add_scalar(name, value, line["step"])
+
+    def _histogram(self, name: str, histogram: dict[str, list[float]], step: int) -> None:
+        """counts [n] and edges [n + 1]; of the values themselves only their bin is known, so sums take its middle."""
+        counts, edges = np.array(histogram["counts"]), np.array(histogram["edges"])
+        middles = (edges[:-1] + edges[1:]) / 2
+        self._writer.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=counts.sum(),
+            sum=(counts * middles).sum(),
+            sum_squares=(counts * middles**2).sum(),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
 
     def close(self) -> None:
         self._writer.close()

@@ -16,7 +16,7 @@ from remit_megatron.mcore import datasets, dist_checkpoint, optim
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups, initialize_groups
 from remit_megatron.mcore.step import make_forward_step, run_schedule
-from remit_megatron.reference.cache import ScoreCache
+from remit_megatron.reference.cache import CacheManifest, ScoreCache
 from remit_megatron.reference.online import Reference
 from remit_megatron.reference.precision import precision_error
 from remit_megatron.train import flops
@@ -28,10 +28,12 @@ from remit_megatron.train.folder import RunFolder
 from remit_megatron.train.loggers import Loggers, check_loggers
 from remit_megatron.train.metrics import MetricsFile, read, reduce_reports
 from remit_megatron.train.models import build_reference, build_student, make_plan
+from remit_megatron.train.queued import QueuedScores
 from remit_megatron.train.runtime import Process, StopSignals, from_rank_0, joined_process
 from remit_megatron.train.scorer import Scorer, cache_manifest, random_samples
 from remit_megatron.train.sources import open_sources
 from remit_megatron.train.status import Status
+from remit_megatron.train.tokens import open_records
 from remit_megatron.train.watchdog import Watchdog
 from remit_megatron.train.write_through import WriteThrough
 
@@ -87,10 +89,14 @@ class Trainer:
         self.evaluator = Evaluator(recipe, self.groups, self.plan.shape.vocab_size, self.tokenizer_hash)
         self.chunks, config = build_student(recipe, self.plan, process.device)
         self.reference = build_reference(recipe, self.plan, process.device)
+        self.tokens = open_records(
+            recipe, self.evaluator.sets, self.objective, self.reference, self.groups, process.device
+        )
         self.scores = self._open_scores()
         self.write_through: WriteThrough | None = None
+        wanted = cache_manifest(recipe, self.plan, self.data, self.tokenizer_hash) if recipe.reference else None
         if recipe.reference and recipe.reference.write_scores:
-            wanted = cache_manifest(recipe, self.plan, self.data, self.tokenizer_hash)
+            assert wanted is not None
             self.write_through = WriteThrough(recipe, wanted, self.data, self.groups, process.device)
 
         # Everything that a mistake could stop is behind us: from here on the run folder is written to.
@@ -134,6 +140,7 @@ class Trainer:
         self.loggers: Loggers | None = None
         self.metrics: MetricsFile | None = None
         from_rank_0(lambda: self._open_outputs(resume, passed_over), process.device)
+        self.queue = self._open_queue(wanted)
         if self.reference and self.reference.products:
             self._report_precision(self.reference)
 
@@ -155,6 +162,15 @@ class Trainer:
             Scorer(recipe, self.data, self.reference, self.groups).check(cache, samples)
             self.reference = None
         return cache
+
+    def _open_queue(self, scores: CacheManifest | None) -> QueuedScores | None:
+        """The scores that a scorer makes beside this run, which is told where the run stands. Collective."""
+        if scores is None or self.recipe.reference is None or self.recipe.reference.queue is None:
+            return None
+        say = self.loggers.progress.say if self.loggers else lambda text: None
+        queue = QueuedScores(self.recipe, scores, self.data, self.groups, self.process.device, say)
+        queue.publish(self.meta.step + 1)
+        return queue
 
     def _sample(self, n: int) -> dict[str, Any]:
         sample = self.data.sample(n)
@@ -192,6 +208,8 @@ class Trainer:
         self.folder.write_recipe(dump_toml(self.recipe))
         if self.meta.step < self.recipe.train_steps:
             self.status.undone()
+        if self.tokens:
+            self.tokens.resume(self.meta.step)
         self.metrics = MetricsFile(self.folder.path / "metrics.jsonl", self.meta.step)
         self.loggers = Loggers(self.folder.path, self.recipe, self.meta.step, self.meta.loggers)
         for path, problem in passed_over.items():
@@ -251,6 +269,9 @@ class Trainer:
             self.watchdog.stepped(step)
             if (recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0) or step == total:
                 line.update(self._evaluate())
+            if self.tokens and (step % recipe.logging.tokens_every_steps == 0 or step == total):
+                self._sync_params()
+                line.update(self.tokens.record(step, self.chunks))
             self._write(line)
             self._refuse_divergence()
             if self.background:
@@ -260,6 +281,8 @@ class Trainer:
                 self._save(wait=step == total or stop)
             if stop and step < total:
                 raise StopRequested(f"{recipe.run}: stopped on request after step {step}; start it again to go on")
+        if self.queue:
+            self.queue.publish(total + 1, done=True)
         self.watchdog.ending()
         from_rank_0(lambda: self.status.done(total), self.process.device)
         if self.loggers:
@@ -299,10 +322,11 @@ class Trainer:
         return line, bool(stop)
 
     def _score(self, step: int, batches: list[dict[str, torch.Tensor]]) -> None:
-        """The reference's scores, from the cache that this run fills where it has them."""
+        """The reference's scores, from the cache that this run fills or from a scorer where these have them."""
         if self.write_through and self.write_through.read(step, batches):
             return
-        self.forward_step.score(batches)
+        if not (self.queue and self.queue.read(step, batches)):
+            self.forward_step.score(batches)
         if self.write_through:
             self.write_through.write(step, batches)
 
@@ -311,11 +335,13 @@ class Trainer:
         timing = {"step_ms": elapsed_s * 1e3, "tokens_per_s": tokens_per_s}
         if self.objective.needs_reference:
             timing["score_ms"] = score_s * 1e3
+        if self.queue:
+            timing |= {"wait_ms": self.queue.wait_ms, "scored_online": int(self.queue.online)}
         peak = flops.peak_flops(self.process.device)
         if peak:
             per_token = flops.training_flops_per_token(
                 self.plan.shape,
-                None if self.scores else self.plan.reference_shape,
+                None if self.scores or (self.queue and not self.queue.online) else self.plan.reference_shape,
                 self.recipe.data.sequence_length,
             )
             timing["mfu"] = tokens_per_s * per_token / (peak * self.process.world_size)

@@ -148,11 +148,13 @@ def build_student(recipe: Recipe, plan: Plan, device: torch.device) -> tuple[lis
 
 
 def build_reference(recipe: Recipe, plan: Plan, device: torch.device, *, load: bool = False) -> Reference | None:
-    """The frozen reference on this rank, loaded and checked. None where the recipe has none, or scores that are not to
-    be checked, unless `load` says that it is needed all the same."""
+    """The frozen reference on this rank, loaded and checked. None where the recipe has none, or its scores come from
+    elsewhere and are neither checked nor ever made here, unless `load` says that it is needed all the same."""
     if recipe.reference is None:
         return None
     if recipe.reference.scores and not recipe.reference.check_samples and not load:
+        return None
+    if recipe.reference.queue and recipe.reference.queue.fallback == "stop" and not load:
         return None
     assert plan.reference_shape is not None
     assert plan.reference_path is not None

@@ -79,31 +79,41 @@ class Scorer:
 
         A score that is not a number is -1.
         """
+        nll, mask = self.nll(samples)
+        return quantise(nll), mask
+
+    @property
+    def round_samples(self) -> int:
+        """Samples that all data-parallel ranks score together; a multiple of it wastes nothing."""
+        p = self.recipe.parallel
+        # An interleaved schedule takes whole rounds of microbatches only, and merged ones must be of one size.
+        microbatches = self._merge * (p.pipeline if p.virtual_pipeline > 1 else 1)
+        return self.recipe.batch.microbatch_samples * self.groups.dp.size() * microbatches
+
+    def nll(self, samples: Sequence[SampleNumber]) -> tuple[Tensor, Tensor]:
+        """(NLL in nats, mask) of samples, [n, s] float32 on the CPU: whole on the last stage's ranks, 0 elsewhere."""
         length, size, dp = self.recipe.data.sequence_length, self.recipe.batch.microbatch_samples, self.groups.dp
         places, batches = self._deal(len(samples), size, dp.rank(), dp.size()), []
         for rows in places:
             chosen = [samples[min(row, len(samples) - 1)] for row in rows]
             batches.append(stack([self.data.sample_of(*one) for one in chosen]))
         scores = self._step.nll_of(self.reference.chunks, batches, self._graph)
-        steps = torch.zeros(2, len(samples), length, dtype=torch.int32, device=self.reference.device)
+        both = torch.zeros(2, len(samples), length, device=self.reference.device)
         if not self.groups.is_last_stage:
-            return steps[0].cpu(), steps[1].float().cpu()
+            return both[0].cpu(), both[1].cpu()
         cp = self.groups.cp
-        positions = zigzag_slice(torch.arange(length)[None], cp.rank(), cp.size())[0].to(steps.device)
+        positions = zigzag_slice(torch.arange(length)[None], cp.rank(), cp.size())[0].to(both.device)
         for rows, batch, score in zip(places, batches, scores, strict=True):
-            mask = batch["loss_mask"].to(steps.device)[:, positions].int()
+            mask = batch["loss_mask"].to(both.device)[:, positions].float()
             for i, row in enumerate(rows):
                 if row < len(samples):  # the rest only fills the last round
-                    steps[:, row, positions] = torch.stack([quantise(score[i]), mask[i]])
-        dist.all_reduce(steps, group=self.groups.dp_cp)
-        return steps[0].cpu(), steps[1].float().cpu()
+                    both[:, row, positions] = torch.stack([score[i], mask[i]])
+        dist.all_reduce(both, group=self.groups.dp_cp)  # each number with zeros: exact
+        return both[0].cpu(), both[1].cpu()
 
     def _deal(self, count: int, size: int, rank: int, ranks: int) -> list[range]:
         """Rows of each microbatch of this data-parallel rank; rows from `count` on only fill up."""
-        p = self.recipe.parallel
-        # An interleaved schedule takes whole rounds of microbatches only, and merged ones must be of one size.
-        unit = self._merge * (p.pipeline if p.virtual_pipeline > 1 else 1)
-        rounds = -(-count // (size * ranks * unit)) * unit
+        rounds = -(-count // self.round_samples) * (self.round_samples // (size * ranks))
         return [range(start, start + size) for start in ((i * ranks + rank) * size for i in range(rounds))]
 
     def compare(self, cache: ScoreCache, samples: Sequence[SampleNumber]) -> ScoreError:

@@ -103,11 +103,18 @@ def upload(target: Target, until_end_of: BinaryIO | None = None) -> str:
         evaluated = any(key.startswith("eval/") for key in line)
         due = step % target.every_steps == 0 or evaluated or step == target.last_step
         if step > target.after_step and due:
-            run.log({key: float("nan") if value is None else value for key, value in line.items()}, step=step)
+            run.log({key: _value(wandb, value) for key, value in line.items()}, step=step)
     folder = str(Path(run.dir).parent)
     run.finish()
     wandb.teardown()  # an offline run is on disk only once wandb's own process has ended
     return folder
+
+
+def _value(wandb: Any, value: Any) -> Any:
+    """A value of metrics.jsonl as wandb takes it: null is not a number, counts and edges are a histogram."""
+    if isinstance(value, dict):
+        return wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
+    return float("nan") if value is None else value
 
 
 def _start(target: Target) -> Any:

@@ -55,7 +55,7 @@ class WriteThrough:
         return True
 
     def write(self, step: int, batches: list[Batch]) -> None:
-        """Keep the scores of a step that was scored online. Collective over the last stage's ranks."""
+        """Keep the scores of a step, made online or by a scorer. Collective over the last stage's ranks."""
         if not self.groups.is_last_stage:
             return
         samples, length = self._samples(step), self.recipe.data.sequence_length
@@ -65,7 +65,8 @@ class WriteThrough:
         for i, batch in enumerate(batches):
             first = (i * dp.size() + dp.rank()) * size
             mask = batch["loss_mask"].to(self.device)[:, positions].int()
-            both[:, first : first + size, positions] = torch.stack([quantise(batch["ref_nll_local"]), mask])
+            scores = batch["ref_nll_local"] if "ref_nll_local" in batch else batch["ref_nll"][:, positions]
+            both[:, first : first + size, positions] = torch.stack([quantise(scores), mask])
         dist.all_reduce(both, group=self.groups.dp_cp)
         if self._writes:
             steps, masks = both.cpu().numpy()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.step import ARMS, LIMITS, SHAPES, _verdict
+from benchmarks.step import ARMS, LIMITS, SCORED, SHAPES, _verdict
 from remit_megatron.train.flops import training_flops_per_token
 
 ROOT = Path(__file__).parents[2]
@@ -30,12 +30,18 @@ def test_runs_on_cpu(tmp_path: Path) -> None:
     assert report["tokens_per_step"] == 64
     assert set(report["step_seconds"]) == set(arms)
     assert set(report["ratios"]) == {f"{arm} over ntp" for arm in arms if arm != "ntp"}
-    assert set(report["reference_share"]) == {"remit", "remit-fp8"}, "the others score nothing"
+    assert set(report["reference_share"]) == set(SCORED) & set(arms), "the others score nothing"
+    assert report["queue_wait_seconds"]["count"] == 3
+    assert report["processor_time"].keys() == {
+        *("step_seconds", "ratios", "reference_share"),
+        *("scoring rate over ntp", "remit-scores and their scoring over ntp"),
+    }
+    assert report["processor_time"]["scoring rate over ntp"]["median"] > 1
     for spread in (*report["step_seconds"].values(), *report["reference_share"].values()):
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
         assert spread["count"] == 3
     assert report["peak_bytes"]["process"] > 2**20
-    assert "verdicts" not in report, "the limits are for a GPU"
+    assert "verdicts" not in report, "the limits are for other shapes"
     assert "ntp_mfu" not in report
 
 

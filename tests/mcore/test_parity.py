@@ -31,6 +31,7 @@ CASES = [
     Case("remit", {"name": "remit"}),
     Case("remit by document", {"name": "remit", "centering": "document", "epsilon": 0.1}, document_mask=True),
     Case("remit tied", {"name": "remit", "clip": False, "shuffle": True}, student=TIED),
+    Case("rho1 sequence", {"name": "rho1", "share": 0.6}),
     Case("rho1 global", {"name": "rho1", "share": 0.6, "scope": "global"}),
     Case("kd", {"name": "kd", "kd_alpha": 0.7, "temperature": 1.5}),
 ]

@@ -16,7 +16,7 @@ from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError
 
 VOCAB, EOD, SEQUENCE, SAMPLES = 61, 0, 16, 8
-TIMING = ("step_ms", "score_ms", "data_ms", "tokens_per_s", "mfu")
+TIMING = ("step_ms", "score_ms", "data_ms", "wait_ms", "scored_online", "tokens_per_s", "mfu")
 
 
 def make_data(folder: Path) -> None:
@@ -126,6 +126,20 @@ def metrics(folder: Path, run: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without timings."""
     lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def weights(folder: Path, run: str) -> dict[str, bytes]:
+    """Every tensor of a run's newest checkpoint, bit for bit, optimizer included."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    checkpoints = folder / run / "checkpoints"
+    path = checkpoints / (checkpoints / "latest").read_text().strip()
+    dcp_to_torch_save(path, folder / "weights.pt")
+    state = torch.load(folder / "weights.pt", weights_only=False)
+    found = {k: v.contiguous().numpy().tobytes() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    assert found
+    return found
 
 
 def command(recipe: Path, nproc: int, *overrides: str) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 from remit_megatron import cli
 from remit_megatron.train import wandb_run
 from tests.ranks import run_ranks
-from tests.train.runs import settings, train_all
+from tests.train.runs import SEQUENCE, settings, train_all
 
 BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
 
@@ -68,10 +68,19 @@ def tensorboard_scalars(run: Path, name: str) -> dict[int, float]:
     return {e.step: e.value for e in events.Scalars(name)}
 
 
+def tensorboard_histograms(run: Path, name: str) -> dict[int, float]:
+    """Number of values at each step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {e.step: e.histogram_value.num for e in events.Histograms(name)}
+
+
 def test_loggers_hold_the_metrics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    recipe = settings(folder, "logged", logging={"tensorboard": True, "wandb": "offline"})
+    recipe = settings(folder, "logged", logging={"tensorboard": True, "wandb": "offline", "tokens_every_steps": 6})
     assert run_ranks(1, train_all, [recipe]) == [[(0, "")]]
     run = folder / "logged"
     lines = {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
@@ -82,6 +91,12 @@ def test_loggers_hold_the_metrics(folder: Path, monkeypatch: pytest.MonkeyPatch)
         for key in ("tokens", "loss", "nll", "grad_norm", "lr"):
             assert history[step][key] == line[key]
     assert tensorboard_scalars(run, "eval/held/nll").keys() == {6, 12}
+    for step in (6, 12):  # of ntp: 4 samples, each token's weight 1
+        counts = lines[step]["token_weights"]["counts"]
+        assert counts[20] == sum(counts) == 4 * SEQUENCE
+        assert history[step]["token_weights/_type"] == "histogram"
+        assert history[step]["token_weights/values"] == counts
+    assert tensorboard_histograms(run, "token_weights") == {6: 4 * SEQUENCE, 12: 4 * SEQUENCE}
     (meta,) = run.glob("checkpoints/step-00000012/meta.json")
     (offline,) = run.glob("wandb/offline-run-*")
     assert offline.name.endswith(json.loads(meta.read_text())["loggers"]["wandb"]), "the id lives in the checkpoint"

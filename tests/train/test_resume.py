@@ -25,6 +25,8 @@ def from_step_6(folder: Path, run: str, copy: str) -> None:
     shutil.copytree(folder / run, folder / copy)
     shutil.rmtree(folder / copy / "checkpoints" / "step-00000012")
     (folder / copy / "checkpoints" / "latest").write_text("step-00000006\n")
+    for path in (folder / copy).glob("tokens/step-0000001*.parquet"):
+        path.rename(path.with_stem("step-00000010"))  # recorded after the checkpoint, and due no more
     # The killed writer's last line may be incomplete.
     with (folder / copy / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 13, "lo')
@@ -32,7 +34,11 @@ def from_step_6(folder: Path, run: str, copy: str) -> None:
 
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> list[dict[str, Any]]:
-    recipes = [remit(folder, "straight", parallel=TP2), remit(folder, "straight pp2", parallel={"pipeline": 2})]
+    record = {"logging": {"tokens_every_steps": 4}}
+    recipes = [
+        remit(folder, "straight", parallel=TP2, **record),
+        remit(folder, "straight pp2", parallel={"pipeline": 2}),
+    ]
     assert run_ranks(2, train_all, recipes) == [[(0, "")] * 2] * 2
     return metrics(folder, "straight")
 
@@ -45,8 +51,14 @@ def test_resume(folder: Path, straight: list[dict[str, Any]]) -> None:
         from_step_6(folder, "straight", name)
     from_step_6(folder, "straight pp2", "pp2 to tp2")
     recipes = [
-        remit(folder, "again", parallel=TP2),
-        remit(folder, "asynchronous", parallel=TP2, checkpoint={"asynchronous": True, "every_steps": 2}),
+        remit(folder, "again", parallel=TP2, logging={"tokens_every_steps": 4}),
+        remit(
+            folder,
+            "asynchronous",
+            parallel=TP2,
+            logging={"tokens_every_steps": 4},
+            checkpoint={"asynchronous": True, "every_steps": 2},
+        ),
         *(remit(folder, name, parallel=layout) for name, layout in OTHER_LAYOUTS.items()),
         remit(folder, "pp2 to tp2", parallel=TP2),
     ]
@@ -54,6 +66,9 @@ def test_resume(folder: Path, straight: list[dict[str, Any]]) -> None:
 
     for name in same:
         assert metrics(folder, name) == straight, name
+        records = {path.name: path.read_bytes() for path in (folder / name / "tokens").iterdir()}
+        assert sorted(records) == [f"step-{step:08d}.parquet" for step in (4, 8, 12)]
+        assert records == {path.name: path.read_bytes() for path in (folder / "straight" / "tokens").iterdir()}
     checkpoints = folder / "asynchronous" / "checkpoints"
     assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000008", "step-00000010", "step-00000012"]
     assert (checkpoints / "latest").read_text() == "step-00000012\n"

@@ -1,11 +1,6 @@
 """Scores on disk: the online run again in any layout, kills survived, and a cache that does not fit is refused."""
 
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remit_megatron.config import dump_toml, parse_recipe
+from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError, RunError
 from remit_megatron.reference.cache import HEADER, CacheManifest, ScoreCache, SourceScores, blocks_of
 from remit_megatron.train.checkpoint import read_meta, write_meta
 from tests.ranks import run_ranks
-from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all, wait_for
+from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +112,36 @@ def test_content_on_disk(folder: Path, scores: Path) -> None:
     assert per_step == pytest.approx(online, abs=2.5e-4)
 
 
+def test_export_by_token(folder: Path, scores: Path, tmp_path: Path) -> None:
+    """Each token's score stands where the token does; `remit data select` takes it, and ranks documents by it."""
+    from data_prep.select import select
+    from remit_megatron.data.indexed import open_index
+    from remit_megatron.mcore.datasets import open_source
+    from remit_megatron.train.export import export_scores
+
+    recipe = parse_recipe(cached(folder, "exported", scores))
+    (path,) = export_scores(recipe, None, str(tmp_path))
+    assert path.name == "train.npy"
+    found = np.load(path)
+    source = open_source(str(folder / "train"), recipe.data, 61)
+    cache = ScoreCache(scores, CacheManifest.read(scores, "x"))
+    seen = np.zeros(len(found), dtype=bool)
+    for sample in range(12 * SAMPLES):
+        places = source.packed.places(sample)
+        assert (source.packed.indexed.tokens[places] == source.text(sample)).all()
+        assert (found[places[1:]] == cache.scores(0, sample)).all()
+        seen[places[1:]] = True
+    assert seen.sum() == 12 * SAMPLES * SEQUENCE
+    assert np.isnan(found[~seen]).all()
+
+    small = tmp_path / "small.npy"
+    np.save(small, np.where(np.isnan(found), np.nan, np.float32(3.0)))
+    (tmp_path / "small.npy.json").write_text((tmp_path / "train.npy.json").read_text())
+    documents = len(open_index(str(folder / "train")).lengths)
+    report = select(str(folder / "train"), large=path, small=small, keep=0.1, output=str(tmp_path / "best"))
+    assert len(open_index(str(tmp_path / "best")).lengths) == int(0.1 * documents), report
+
+
 def test_other_layouts_and_batches(folder: Path, scores: Path) -> None:
     """Made in two shards at TP2, read at PP2 and DP2 with other batches; the order of the blocks is of no account."""
     path, again = folder / "scores tp2", folder / "scores cp2"
@@ -150,6 +175,68 @@ def test_other_layouts_and_batches(folder: Path, scores: Path) -> None:
                 a, b = (np.frombuffer(x[HEADER.size :], dtype="<u2").astype(int) for x in (data, whole[name]))
                 assert np.abs(a - b).max() <= 1
                 assert (a != b).mean() < 0.02
+
+
+class Weights:
+    """An objective that keeps the weight of each unmasked token, by step, sample and place in it."""
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.inner = trainer, trainer.objective
+        self.name, self.needs_reference = self.inner.name, self.inner.needs_reference
+        self.seen: dict[tuple[int, int, int], float] = {}
+
+    def __call__(self, stats: Any) -> Any:
+        weights = self.inner.weights(stats)
+        for row, sample in enumerate(stats.sample_id.tolist()):
+            for column, position in enumerate(stats.positions.tolist()):
+                key = (self.trainer.meta.step + 1, sample, position)
+                self.seen[key] = float(weights[row, column])
+        return self.inner(stats)
+
+
+def score_and_weigh(rank: int, job: Any, recipes: list[Any]) -> tuple[Any, list[dict[tuple[int, int, int], float]]]:
+    """A job of `score_all`, then runs; every token's weight that this rank used in each run."""
+    import torch
+    import torch.distributed as dist
+
+    from remit_megatron.mcore.groups import destroy_groups
+    from remit_megatron.train.loop import Trainer
+    from remit_megatron.train.runtime import Process, StopSignals
+
+    outcome, size, found = score_all(rank, [job]), dist.get_world_size(), []
+    process = Process(rank=rank, world_size=size, local_rank=rank, local_world_size=size, device=torch.device("cpu"))
+    for recipe in recipes:
+        trainer = Trainer(parse_recipe(recipe), process)
+        recorder = Weights(trainer)
+        trainer.forward_step.objective = recorder
+        trainer.run(StopSignals())
+        trainer.close()
+        found.append(recorder.seen)
+        dist.barrier()
+        destroy_groups()
+    return outcome, found
+
+
+def test_every_weight_of_another_layout(folder: Path) -> None:
+    """Scores made at TP2xDP2 serve PP2xDP2 with half the batch: no token's weight differs from the online run's by more
+    than 2.5e-4, at any step."""
+    path = folder / "scores tp2xdp2"
+    batch = {"global_batch_tokens": SEQUENCE * 4, "microbatch_samples": 1}
+    schedule = {"train_tokens": 12 * SEQUENCE * SAMPLES}
+    layout = {"parallel": {"pipeline": 2}, "batch": batch, "schedule": schedule}
+    job = (remit(folder, "x", parallel={"tensor": 2}), str(path), (0, 1), 0)
+    recipes = [remit(folder, "weighed online", **layout), cached(folder, "weighed cached", path, **layout)]
+    online: dict[tuple[int, int, int], float] = {}
+    stored: dict[tuple[int, int, int], float] = {}
+    for outcome, (one, other) in run_ranks(4, score_and_weigh, job, recipes):
+        assert outcome == [(0, "")]
+        online |= one
+        stored |= other
+    assert online.keys() == stored.keys()
+    assert len(online) == 12 * SAMPLES * SEQUENCE
+    a, b = (np.array([weights[key] for key in sorted(online)]) for weights in (online, stored))
+    assert a.std() > 0.05
+    assert 0 < np.abs(a - b).max() <= 2.5e-4
 
 
 def write_through_all(rank: int, recipes: list[Any]) -> list[tuple[int, str]]:
@@ -299,39 +386,3 @@ def test_tokenizer_and_growth(tmp_path: Path) -> None:
     assert fewer.manifest.sources[0].samples == 5
     with fewer.writing_shard(0, 2), pytest.raises(RemitError, match="another process"), grown.writing_shard(0, 2):
         raise AssertionError("two processes write one shard")
-
-
-SCRIPT = f"""
-import sys
-from remit_megatron.reference import cache
-cache.BLOCK_BYTES = {SMALL_BLOCKS // 5}
-from remit_megatron.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_killed_scorer_leaves_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    """kill -9 at random moments of the work; the cache is then byte for byte that of an undisturbed scorer."""
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(dump_toml(parse_recipe(remit(folder, "killed"))))
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, "score", str(recipe), "--output"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(path: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*command, str(path)], stderr=subprocess.DEVNULL, env=environment)
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait() == 0
-    generator = random.Random(0)
-    kills = 0
-    for goal in sorted(generator.sample(range(1, 46), 4)):
-        process = start(killed)
-        if wait_for(lambda goal=goal: len(list(killed.rglob("*.scores"))) >= goal, process):
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills >= 3
-    assert len(list(killed.rglob("*.scores"))) < 48
-    assert start(killed).wait() == 0
-    assert content(killed) == content(whole)
-    assert len(content(whole)) == 48 + 1  # blocks and manifest

@@ -1,0 +1,112 @@
+"""The scorer of benchmarks.step's arm remit-queued: a process beside the one that is timed, with a model of its own."""
+
+import shutil
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from remit_megatron.config import Parallel
+from remit_megatron.mcore import platform
+from remit_megatron.objectives import NTP
+from remit_megatron.reference.cache import CacheManifest
+from remit_megatron.reference.score_queue import QueueManifest, RunSide, ScorerSide, write_step
+
+AHEAD_STEPS = 4
+POLL_S = 0.01
+
+
+class Queue:
+    """The timed process's end: it makes the scorer's process and reads what that leaves."""
+
+    def __init__(self, setting: dict[str, Any]):
+        self.folder = Path(tempfile.mkdtemp())
+        self.step = 0
+        self.waits: list[float] = []
+        """Seconds that each step waited."""
+        self._run = RunSide(self.folder, _manifest(setting), timeout_s=600.0)
+        self._run.publish(1)
+        self._process = get_context("spawn").Process(target=_serve, args=(self.folder, setting), daemon=True)
+        self._process.start()
+        while not (self.folder / "scorer.json").exists():
+            time.sleep(POLL_S)
+
+    def fill(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Put a step's scores into batches made by `random_batches` with its number."""
+        begun = time.perf_counter()
+        while (look := self._run.look(self.step, _samples(self.step, batches))).scores is None:
+            if not look.wait:
+                raise RuntimeError(f"the scorer is gone: {look.reason}")
+            time.sleep(POLL_S)
+        self.waits.append(time.perf_counter() - begun)
+        self._run.publish(self.step + 1)
+        scores = torch.from_numpy(look.scores.copy()).to(batches[0]["tokens"].device)
+        for batch, part in zip(batches, scores.split(len(batches[0]["tokens"])), strict=True):
+            batch["ref_nll"] = part
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.join()
+        shutil.rmtree(self.folder)
+
+
+def random_batches(setting: dict[str, Any], device: torch.device, seed: int) -> list[dict[str, torch.Tensor]]:
+    """A step's microbatches of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (setting["microbatch_samples"], setting["sequence_length"] + 1)
+    batches = []
+    for _ in range(setting["num_microbatches"]):
+        text = torch.randint(setting["shape"].vocab_size, shape, generator=generator)
+        one = {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": torch.ones(shape[0], shape[1] - 1)}
+        batches.append({key: value.contiguous().to(device) for key, value in one.items()})
+    return batches
+
+
+def _samples(step: int, batches: list[dict[str, torch.Tensor]]) -> list[tuple[int, int]]:
+    count = sum(len(batch["tokens"]) for batch in batches)
+    return [(0, step * count + i) for i in range(count)]
+
+
+def _manifest(setting: dict[str, Any]) -> QueueManifest:
+    scores = CacheManifest(
+        reference="random weights",
+        precision="fp32",
+        tokenizer=None,
+        sequence_length=setting["sequence_length"],
+        data_seed=0,
+        document_mask=False,
+        eod_mask_loss=False,
+        eod_id=None,
+        block_samples=1,
+        sources=(),
+    )
+    samples = setting["microbatch_samples"] * setting["num_microbatches"]
+    return QueueManifest(scores=scores, weights=(), step_samples=samples, train_steps=1 << 40)
+
+
+def _serve(folder: Path, setting: dict[str, Any]) -> None:
+    from remit_megatron.mcore.groups import initialize_groups
+    from remit_megatron.mcore.model import Build, build_chunks
+    from remit_megatron.mcore.step import make_forward_step
+
+    device = platform.activate("cpu")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    groups = initialize_groups(Parallel(), seed=1)
+    build = Build(device=device, dtype=torch.float32)
+    length = setting["sequence_length"]
+    chunks, _ = build_chunks(setting["shape"], Parallel(), build, max_sequence_length=length, scorer=True)
+    step_of, side = make_forward_step(NTP(), groups=groups), ScorerSide(folder, _manifest(setting), AHEAD_STEPS)
+    while True:
+        step, _ = side.next()
+        if step is None:
+            time.sleep(POLL_S)
+            continue
+        batches = random_batches(setting, device, step)
+        scores = torch.cat(step_of.nll_of(chunks, batches))
+        write_step(folder, step, side.manifest, _samples(step, batches), scores.numpy())
+        side.announce(step)

@@ -1,0 +1,354 @@
+"""A scorer beside the run: the online run again in any layout, and what each side does when the other is gone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from launch.scorers import devices
+from remit_megatron.config import parse_recipe
+from remit_megatron.errors import RemitError, UserError
+from remit_megatron.reference.cache import CacheManifest, ScoreCache, SourceScores
+from remit_megatron.reference.score_queue import HEADER, Look, QueueManifest, RunSide, ScorerSide, read_step, write_step
+from tests.ranks import run_ranks
+from tests.train.runs import SEQUENCE, metrics, remit, train_all, weights
+
+STEPS = 12
+SHORT = {"checkpoint": {"every_steps": 0}, "evaluation": {"every_steps": 0}}
+
+
+def queued(folder: Path, run: str, queue: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """The recipe of a run whose scorer may be ahead by all of its steps."""
+    recipe = remit(folder, run, **{**SHORT, **changes})
+    recipe["reference"] = {**recipe["reference"], "queue": {"ahead_steps": STEPS, "timeout_s": 1.0, **(queue or {})}}
+    return recipe
+
+
+def lines(folder: Path, run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def follow_and_train(
+    rank: int, jobs: list[tuple[Any, Any]], recipes: list[Any]
+) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Jobs (recipe of a run, of its scorer): the run says what it needs and stops, the scorer scores every step. Then
+    recipes are trained. (exit code, message) of each."""
+    import torch
+    import torch.distributed as dist
+
+    from remit_megatron.mcore.groups import destroy_groups
+    from remit_megatron.mcore.platform import activate
+    from remit_megatron.train.follow import follow_on
+    from remit_megatron.train.loop import Trainer
+    from remit_megatron.train.runtime import Process
+
+    activate("cpu")
+    size = dist.get_world_size()
+    process = Process(rank=rank, world_size=size, local_rank=rank, local_world_size=size, device=torch.device("cpu"))
+    outcomes = []
+    for run, scorer in jobs:
+        state = parse_recipe(scorer).queue_folder / "scorer.json"
+
+        def finished(state: Path = state) -> bool:
+            return state.exists() and len(json.loads(state.read_text())["ready"]) == STEPS
+
+        try:
+            Trainer(parse_recipe(run), process).close()
+            dist.barrier()
+            destroy_groups()
+            follow_on(parse_recipe(scorer).for_scorer(), process, finished)
+            outcomes.append((0, ""))
+        except RemitError as error:
+            outcomes.append((error.exit_code, str(error)))
+        finally:
+            dist.barrier()
+            destroy_groups()
+    return outcomes, train_all(rank, recipes)
+
+
+def test_queued_is_online_in_any_layout(folder: Path) -> None:
+    """Same layout: bit for bit. In another one: to float32 round-off. Whoever refuses says what differs."""
+    rho1 = {"objective": {"name": "rho1", "scope": "global"}}
+    rounded = {"reference": {"path": str(folder / "base"), "round_scores": True}}
+    tp2, batch = {"tensor": 2, "sequence": True}, {"global_batch_tokens": 128, "microbatch_samples": 4}
+    interleaved = {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "microbatch_samples": 1}
+    pairs = {
+        "dp2": ({}, {}),
+        "dp2 rounded": ({}, rounded),
+        "dp2 rho1": ({}, rho1),
+        "tp2": (interleaved, {"parallel": tp2, "batch": batch}),
+        "cp2": ({"parallel": {}}, {"parallel": {"context": 2}}),
+        "pp2": ({"parallel": {"tensor": 2}}, {"parallel": {"pipeline": 2, "virtual_pipeline": 2}}),
+    }
+    record = {"logging": {"tokens_every_steps": 5, "tokens_samples": 3}, "data": {"eod_mask_loss": True}}
+    pairs = {name: (queue, {**record, **changes}) for name, (queue, changes) in pairs.items()}
+    runs = {name: queued(folder, f"queued {name}", queue, **changes) for name, (queue, changes) in pairs.items()}
+    kept = folder / "queued kept"
+    runs["dp2 rounded"]["reference"]["write_scores"] = str(kept)
+    online = [remit(folder, f"online {name}", **SHORT, **changes) for name, (_, changes) in pairs.items()]
+    masks = {"data": {"eod_mask_loss": True}}
+    stopping = queued(folder, "queued stop", {"fallback": "stop"}, **masks)
+    alone = queued(folder, "queued alone", **masks)
+    wrong = [
+        remit(folder, "queued alone", **change)
+        for change in (
+            {"reference": {"path": str(folder / "queued dp2")}, **masks},
+            {"data": {"sequence_length": 8}, "batch": {"global_batch_tokens": 64}},
+            {"data": {"eod_mask_loss": False}},
+            {"batch": {"global_batch_tokens": 256}, **masks},
+        )
+    ]
+    for one in wrong:
+        one["reference"] = {**one["reference"], "queue": {}}
+    jobs = [(run, run) for run in runs.values()] + [(stopping, stopping)]
+    recipes = [*runs.values(), stopping, *online, alone, queued(folder, "queued nobody", {"fallback": "stop"})]
+    nothing = (0, "")
+    for followed, trained in run_ranks(2, follow_and_train, jobs, recipes):
+        assert followed == [nothing] * len(jobs)
+        assert trained[:-1] == [nothing] * (len(recipes) - 1)
+        code, message = trained[-1]
+        assert code == 1
+        assert "step 1 has no scores: no scorer has come yet, and fallback = 'stop' after 1 s" in message
+
+    for name in ("dp2", "dp2 rounded", "dp2 rho1"):
+        assert metrics(folder, f"queued {name}") == metrics(folder, f"online {name}"), name
+        assert weights(folder, f"queued {name}") == weights(folder, f"online {name}"), name
+    assert metrics(folder, "queued dp2 rounded") != metrics(folder, "queued dp2"), "rounding must show"
+    cache = ScoreCache(kept, CacheManifest.read(kept, "x"))
+    assert not cache.missing(), "what a scorer makes is kept as well"
+    assert cache.scores(0, 95).std() > 0.1
+    for name in ("tp2", "cp2", "pp2"):
+        for got, want in zip(metrics(folder, f"queued {name}"), metrics(folder, f"online {name}"), strict=True):
+            counts = got.pop("token_weights", None), want.pop("token_weights", None)
+            assert (counts[0] is None) == (counts[1] is None)
+            assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
+    plain = [{k: v for k, v in line.items() if k != "token_weights"} for line in metrics(folder, "online dp2")]
+    assert metrics(folder, "queued stop") == plain
+    for name in (*pairs, "stop"):
+        assert all(line["scored_online"] == line["wait_ms"] == 0 for line in lines(folder, f"queued {name}")), name
+    # Nobody scored for this one: it did, and said so once.
+    assert metrics(folder, "queued alone") == plain
+    assert all(line["scored_online"] == 1 for line in lines(folder, "queued alone"))
+    assert (folder / "queued alone" / "log.txt").read_text().count(
+        "no scorer has come yet: scores are made online"
+    ) == 1
+
+    words = ("the reference's weights", "data.sequence_length", "data.eod_mask_loss", "the samples a step")
+    one_rank = remit(folder, "online one rank", **SHORT, **record)
+    refused, trained = run_ranks(1, follow_and_train, [(alone, one) for one in wrong], [one_rank])[0]
+    assert trained == [nothing]
+    check_records(folder, ["queued dp2", *(f"queued {name}" for name in ("tp2", "cp2", "pp2"))])
+    for word, (code, message) in zip(words, refused, strict=True):
+        assert code == 2
+        assert f"needs other scores than this recipe's: {word}" in message
+
+
+def check_records(folder: Path, runs: list[str]) -> None:
+    """Records of tokens are those of one rank, in any layout, and the weights those of Equations 3 to 5."""
+    files = ["step-00000005.parquet", "step-00000010.parquet", "step-00000012.parquet"]
+    one = folder / "online one rank" / "tokens"
+    assert sorted(path.name for path in one.iterdir()) == files
+    for name in files:
+        want = pq.read_table(one / name).to_pydict()
+        assert set(want["step"]) == {int(name[5:13])}
+        check_weights(want)
+        for run in runs:
+            got = pq.read_table(folder / run / "tokens" / name).to_pydict()
+            check_weights(got)
+            for key in ("step", "sample", "position", "token", "mask"):
+                assert got[key] == want[key]
+            # Random initial weights depend on how the model is cut; the reference is the same checkpoint everywhere.
+            same_model = run in ("queued dp2", "queued cp2")
+            for key in ("nll", "ref_nll", "weight") if same_model else ("ref_nll",):
+                assert got[key] == pytest.approx(want[key], rel=1e-3, abs=1e-3), f"{run} {name} {key}"
+
+
+def check_weights(records: dict[str, list[Any]]) -> None:
+    table = {key: np.array(values).reshape(3, SEQUENCE) for key, values in records.items()}
+    assert (table["sample"] == np.arange(3)[:, None]).all()
+    assert (table["position"] == np.arange(SEQUENCE)).all()
+    assert 0 < (~table["mask"]).sum() < table["mask"].size
+    gap = table["nll"].astype(np.float64) - table["ref_nll"]
+    mean = np.array([g[m].mean() for g, m in zip(gap, table["mask"], strict=True)])[:, None]
+    weight = np.clip(2 / (1 + np.exp(mean - gap)), 0.8, 1.2) * table["mask"]
+    assert table["weight"] == pytest.approx(weight, abs=1e-6)
+    assert weight[table["mask"]].std() > 0.01
+
+
+@pytest.fixture
+def manifest() -> QueueManifest:
+    scores = CacheManifest(
+        reference="r",
+        precision="fp32",
+        tokenizer="a",
+        sequence_length=4,
+        data_seed=1,
+        document_mask=False,
+        eod_mask_loss=False,
+        eod_id=None,
+        block_samples=3,
+        sources=(SourceScores(fingerprint="d", samples=40),),
+    )
+    return QueueManifest(scores=scores, weights=(1.0,), step_samples=2, train_steps=20)
+
+
+class Pair:
+    """Both sides of a queue, and a clock that the test moves."""
+
+    def __init__(self, folder: Path, manifest: QueueManifest):
+        self.folder, self.manifest, self.now = folder, manifest, 1000.0
+        self.run = RunSide(folder, manifest, 5.0, lambda: self.now)
+
+    def scorer(self, manifest: QueueManifest | None = None) -> ScorerSide:
+        return ScorerSide(self.folder, manifest or self.manifest, 3)
+
+    def samples(self, step: int) -> list[tuple[int, int]]:
+        return [(0, 2 * step), (0, 2 * step + 1)]
+
+    def score(self, scorer: ScorerSide) -> int | None:
+        step, _ = scorer.next()
+        if step is not None:
+            scores = np.full((2, 4), step, dtype=np.float32)
+            write_step(self.folder, step, scorer.manifest, self.samples(step), scores)
+            scorer.announce(step)
+        return step
+
+    def look(self, step: int) -> Look:
+        return self.run.look(step, self.samples(step))
+
+    @property
+    def files(self) -> list[int]:
+        return sorted(int(path.stem[5:]) for path in self.folder.glob("step-*.scores"))
+
+
+@pytest.fixture
+def pair(tmp_path: Path, manifest: QueueManifest) -> Pair:
+    return Pair(tmp_path / "queue", manifest)
+
+
+def test_a_scorer_stays_in_its_window(pair: Pair) -> None:
+    """It waits for a run, is never more than three steps ahead, removes what was used, and ends with the run."""
+    scorer = pair.scorer()
+    assert scorer.next() == (None, False)
+    pair.run.publish(1)
+    assert [pair.score(scorer) for _ in range(4)] == [1, 2, 3, None]
+    scores = pair.look(1).scores
+    assert scores is not None
+    assert (scores == 1).all()
+    pair.run.publish(2)
+    assert [pair.score(scorer) for _ in range(2)] == [4, None]
+    assert pair.files == [2, 3, 4]
+    pair.run.publish(19)  # the last window holds two steps only
+    assert [pair.score(scorer) for _ in range(3)] == [19, 20, None]
+    pair.run.publish(21, done=True)
+    assert scorer.next() == (None, True)
+    assert pair.files == []
+
+
+def test_a_run_that_starts_again_earlier(pair: Pair) -> None:
+    scorer = pair.scorer()
+    pair.run.publish(10)
+    assert [pair.score(scorer) for _ in range(3)] == [10, 11, 12]
+    pair.run = RunSide(pair.folder, pair.manifest, 5.0, lambda: pair.now)
+    pair.run.publish(9)
+    assert [pair.score(scorer) for _ in range(2)] == [9, None]
+    assert pair.files == [9, 10, 11], "what is beyond the window goes"
+    assert pair.look(9).scores is not None
+    assert pair.look(10).scores is not None
+
+
+def test_a_scorer_that_stands_still_and_comes_back(pair: Pair) -> None:
+    """By the reader's clock alone; what is ready stays in use whatever has become of its scorer."""
+    assert pair.look(1).reason == "no scorer has come yet"
+    pair.run.publish(1)
+    scorer = pair.scorer()
+    pair.score(scorer)
+    assert pair.look(2).wait
+    pair.now += 5
+    assert pair.look(2).wait
+    pair.now += 0.5
+    assert pair.look(2) == Look(reason="the scorer has not moved for 6 s")
+    assert pair.look(1).scores is not None
+    scorer.beat(at_once=True)
+    assert pair.look(2).wait
+    pair.score(scorer)
+    assert pair.look(2).scores is not None
+    scorer.beat(ended=True)
+    assert pair.look(3).reason == "the scorer has ended"
+    pair.score(pair.scorer())
+    assert pair.look(3).scores is not None
+
+
+def test_a_new_scorer_goes_on_with_what_is_whole(pair: Pair, manifest: QueueManifest) -> None:
+    pair.run.publish(1)
+    scorer = pair.scorer()
+    for _ in range(3):
+        pair.score(scorer)
+    path = pair.folder / "step-00000002.scores"
+    path.write_bytes(path.read_bytes()[:-3])
+    half = pair.folder / ".step-00000004.scores.77.tmp"
+    half.write_bytes(b"half")
+    again = pair.scorer()
+    assert not half.exists()
+    assert pair.files == [1, 3]
+    assert [pair.score(again) for _ in range(2)] == [2, None]
+    # Scores of another reference are not even looked at.
+    other = manifest.model_copy(update={"scores": manifest.scores.model_copy(update={"reference": "s"})})
+    assert read_step(pair.folder, 1, other) is None
+    with pytest.raises(
+        UserError, match=r"needs other scores than this recipe's: the reference's weights \(r there, s here\)"
+    ):
+        pair.scorer(other).next()
+    pair.scorer(other).beat(at_once=True)
+    assert "makes other scores: the reference's weights" in str(pair.look(1).reason)
+
+
+def test_a_damaged_file_is_done_without(pair: Pair) -> None:
+    pair.run.publish(1)
+    scorer = pair.scorer()
+    pair.score(scorer)
+    path = pair.folder / "step-00000001.scores"
+    content = bytearray(path.read_bytes())
+    content[HEADER.size + 40] ^= 1
+    path.write_bytes(content)
+    assert pair.look(1).wait, "it may just be being replaced"
+    pair.now += 1.5
+    assert "was damaged or removed" in str(pair.look(1).reason)
+    pair.score(scorer)
+    with pytest.raises(UserError, match="scores of other samples than this run's step 2"):
+        pair.run.look(2, pair.samples(3))
+    (pair.folder / "scorer.json").write_text('{"manifest": ')  # lost while it was replaced: the last word counts
+    assert pair.look(2).scores is not None
+
+
+def test_recipes(tmp_path: Path) -> None:
+    """What a recipe may not ask of a queue, and the scorer's own layout."""
+    refused = {
+        "reference.scores and reference.queue: give one of them": {"reference": {"scores": "s"}},
+        "reference.queue is for one number a token": {"objective": {"name": "kd"}},
+        "logging.tokens_source = 'other' is not in data.eval": {"logging": {"tokens_source": "other"}},
+    }
+    for message, change in refused.items():
+        recipe = queued(tmp_path, "refused")
+        for section, values in change.items():
+            recipe[section] = {**recipe.get(section, {}), **values}
+        with pytest.raises(UserError, match=message):
+            parse_recipe(recipe)
+    recipe = queued(tmp_path, "layout", {"parallel": {"tensor": 4}, "microbatch_samples": 8}, parallel={"context": 2})
+    run, scorer = parse_recipe(recipe), parse_recipe(recipe).for_scorer()
+    assert (scorer.parallel.tensor, scorer.parallel.context, scorer.batch.microbatch_samples) == (4, 1, 8)
+    assert scorer.fingerprint() == run.fingerprint()
+    assert scorer.queue_folder == run.queue_folder == tmp_path / "layout" / "queue"
+    recipe["reference"]["queue"]["parallel"] = {"sequence": True}
+    with pytest.raises(UserError, match=r"reference\.queue: parallel\.sequence needs parallel\.tensor"):
+        parse_recipe(recipe).for_scorer()
+
+
+def test_devices_of_scorers() -> None:
+    assert devices({}, 6, 2) == {"CUDA_VISIBLE_DEVICES": "6,7"}
+    assert devices({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 3, 1) == {"CUDA_VISIBLE_DEVICES": "7"}
+    with pytest.raises(UserError, match="names 4 devices only"):
+        devices({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 4, 1)
