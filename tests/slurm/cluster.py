@@ -189,7 +189,7 @@ class Cluster:
     def ended(self, job: str) -> bool:
         return self.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
 
-    def wait(self, condition: Callable[[], Any], otherwise: str, timeout_s: float = 300) -> None:
+    def wait(self, condition: Callable[[], Any], otherwise: str, timeout_s: float = 900) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"{otherwise}; logs in {self.root / 'log'}"

@@ -154,7 +154,7 @@ class Run:
         self.wait(lambda: self.cluster.ended(job), f"job {job} did not end")
         return self.cluster.job(job)
 
-    def wait(self, condition: Any, otherwise: str, timeout_s: float = 300) -> None:
+    def wait(self, condition: Any, otherwise: str, timeout_s: float = 900) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"{otherwise}:\n{self.story()}"
