@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from remit_megatron.data import checksums
 from remit_megatron.errors import DamagedError
@@ -45,7 +46,15 @@ ALLOWED = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    # An asynchronous save keeps the plans of all ranks.
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", *(str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype))},
     "collections": {"OrderedDict"},
@@ -57,7 +66,7 @@ ALLOWED = {
 
 def _member(of: Any, name: str) -> Any:
     """In place of getattr, by which some versions of Python, such as 3.11.2, pickle the member of an enumeration."""
-    if of is not _MEM_FORMAT_ENCODING:
+    if of not in (_MEM_FORMAT_ENCODING, WriteItemType):
         raise pickle.UnpicklingError("it asks for an attribute, which no checkpoint needs")
     return of[name]
 

@@ -250,7 +250,7 @@ class Attribute:
 
 
 def test_attributes_in_metadata(tmp_path: Path) -> None:
-    """Members of the one enumeration that a description has are read, and nothing is reached through a class."""
+    """Members of the enumerations that a description has are read, and nothing is reached through another class."""
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
     from remit_megatron.mcore.checkpoint_read import Reader

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from remit_megatron.mcore.checkpoint_read import Reader
 from tests.ranks import run_ranks
 from tests.train.runs import metrics, remit, train_all
 
@@ -72,6 +73,8 @@ def test_resume(folder: Path, straight: list[dict[str, Any]]) -> None:
     checkpoints = folder / "asynchronous" / "checkpoints"
     assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000008", "step-00000010", "step-00000012"]
     assert (checkpoints / "latest").read_text() == "step-00000012\n"
+    # Its description holds more than a synchronous save's, and is read all the same.
+    assert Reader(checkpoints / "step-00000012").read_metadata().state_dict_metadata
     assert not list(checkpoints.glob(".partial-*"))
     for name in [*OTHER_LAYOUTS, "pp2 to tp2"]:
         compare(metrics(folder, name), metrics(folder, "straight pp2") if name == "pp2 to tp2" else straight, name)
