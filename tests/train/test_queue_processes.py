@@ -72,7 +72,7 @@ def test_a_scorer_that_hangs_comes_back_and_is_killed(folder: Path, online: list
         scorer.send_signal(signal.SIGCONT)
         assert wait_for(lambda: 0 in online_flags(folder, run)[hung:], trainer), log.read_text()
         scorer.kill()
-        assert trainer.wait(120) == 0, log.read_text()
+        assert trainer.wait(300) == 0, log.read_text()
     finally:
         scorer.kill()
         scorer.wait()
@@ -103,9 +103,9 @@ def test_a_late_scorer_and_a_run_killed_twice(folder: Path, online: list[dict[st
             trainer.wait()
             trainer = spawn(log, "train", str(recipe))
         second = spawn(folder / "second scorer.log", "score", str(recipe), "--follow")
-        assert second.wait(120) == 2
+        assert second.wait(300) == 2
         assert "another scorer follows the run" in (folder / "second scorer.log").read_text()
-        assert trainer.wait(120) == 0, log.read_text()
+        assert trainer.wait(300) == 0, log.read_text()
         assert scorer.wait(60) == 0, log.read_text()  # the run is done
     finally:
         scorer.kill()
@@ -123,9 +123,9 @@ def test_one_command_starts_both(folder: Path) -> None:
     recipe.write_text(dump_toml(parse_recipe(recipe_of(folder, "both", queue=False))))
     log = folder / "both.log"
     alone = [f"run={folder / 'both online'}"]
-    assert start(recipe, 2, log, *alone).wait(120) == 0, log.read_text()
+    assert start(recipe, 2, log, *alone).wait(300) == 0, log.read_text()
     command = ["train", str(recipe), "--nproc", "2", "--scorers", "1", "--set", "reference.queue.fallback=stop"]
-    assert spawn(log, *command).wait(120) == 0, log.read_text()
+    assert spawn(log, *command).wait(300) == 0, log.read_text()
     assert "the scorer ends" in log.read_text()
     assert online_flags(folder, "both") == [0] * STEPS
     assert metrics(folder, "both") == metrics(folder, "both online")
