@@ -1,14 +1,13 @@
 """Cluster profiles: what a cluster wants to know of a job that no recipe says. One strict TOML file each."""
 
-import difflib
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import slurm
+from remit_megatron import toml
 from remit_megatron.errors import UserError
 
 SHIPPED = Path(slurm.__file__).parent / "profiles"
@@ -94,16 +93,11 @@ def load_profile(name: str) -> Profile:
     path = Path(name) if own else SHIPPED / f"{name}.toml"
     if not own and not path.exists():
         raise UserError(f"--on slurm:{name}: no such profile; shipped: {', '.join(shipped())}; or name a .toml file")
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"profile {path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"profile {path}: no valid TOML: {error}") from None
+    settings = toml.read(path, "profile")
     try:
         profile = Profile.model_validate(settings)
     except ValidationError as error:
-        raise UserError(f"profile {path}: {_first_problem(error)}") from None
+        raise UserError(f"profile {path}: {toml.first_problem(error, Profile)}") from None
     for variable in profile.environment.set:
         if SECRET.search(variable):
             raise UserError(
@@ -115,20 +109,3 @@ def load_profile(name: str) -> Profile:
 
 def shipped() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"]]
-    key = ".".join(where)
-    if problem["type"] == "extra_forbidden":
-        sections: dict[str, type[Section]] = {"container": Container, "environment": Environment}
-        section = sections[where[0]] if len(where) > 1 else Profile
-        known = [field.alias or name for name, field in section.model_fields.items()]
-        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.4)
-        return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
-    if problem["type"] == "missing":
-        return f"missing key {key}"
-    value = problem.get("input")
-    got = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
-    return f"{key}: {problem['msg']}{got}"

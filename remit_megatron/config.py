@@ -4,15 +4,14 @@
 `Recipe`. Nothing else in the package reads settings from the environment or from global arguments.
 """
 
-import difflib
 import hashlib
 import json
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from remit_megatron import toml
 from remit_megatron.errors import UserError
 from remit_megatron.objectives import Objective, build_objective
 from remit_megatron.objectives.base import check_by_sample
@@ -399,16 +398,9 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
 
     Paths in a recipe are relative to the working directory. Raises UserError naming the key or the file.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: cannot be read: {error}") from None
-    try:
-        settings = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"recipe {path}: no valid TOML: {error}") from None
+    settings = toml.read(Path(path), "recipe")
     for override in overrides:
-        _apply(settings, override)
+        toml.override(settings, override)
     return parse_recipe(settings, where=str(path))
 
 
@@ -417,89 +409,11 @@ def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error)}") from None
+        raise UserError(f"{where}: {toml.first_problem(error, Recipe)}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names):
-        raise UserError(f"--set {override}: write it as key=value, for example optimizer.peak_lr=3e-4")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        value = text.strip()
-        if value.startswith(("'", '"', "[", "{")):
-            raise UserError(f"--set {override}: no valid TOML value: {error}") from None
-    for name in names[:-1]:
-        settings = settings.setdefault(name, {})
-        if not isinstance(settings, dict):
-            raise UserError(f"--set {override}: {name} is not a section")
-    settings[names[-1]] = value
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"]]
-    key = ".".join(where)
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(where[:-1])
-        near = difflib.get_close_matches(where[-1], known, n=1) or difflib.get_close_matches(where[-1], known, 1, 0.4)
-        return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
-    if problem["type"] == "missing":
-        return f"missing key {key}"
-    message = problem["msg"].removeprefix("Value error, ")
-    value = problem.get("input")
-    got = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
-    return f"{key}: {message}{got}" if key else message
-
-
-def _keys_at(where: list[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for name in where:
-        if name.isdigit():
-            continue
-        annotation = section.model_fields[name].annotation
-        section = next(t for t in _flatten(annotation) if isinstance(t, type) and issubclass(t, BaseModel))
-    return list(section.model_fields)
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is None:
-        return [annotation]
-    return [leaf for part in get_args(annotation) for leaf in _flatten(part)]
-
-
 def dump_toml(recipe: Recipe) -> str:
     """The resolved recipe as TOML that `load_recipe` reads back to an equal recipe."""
-    return _section_toml(recipe.model_dump(exclude_none=True), ())
-
-
-def _section_toml(settings: dict[str, Any], path: tuple[str, ...]) -> str:
-    lines = [f"\n[{'.'.join(map(_key_toml, path))}]"] if path else []
-    lines += [f"{_key_toml(k)} = {_value_toml(v)}" for k, v in settings.items() if not isinstance(v, dict)]
-    children = [_section_toml(v, (*path, k)) for k, v in settings.items() if isinstance(v, dict) and v]
-    return "\n".join(lines + [child.rstrip("\n") for child in children]) + "\n"
-
-
-def _value_toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return repr(value) if "e" in repr(value) or "." in repr(value) else f"{value!r}.0"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value_toml(v) for v in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key_toml(k)} = {_value_toml(v)}" for k, v in value.items()) + "}"
-    return _string_toml(value) if isinstance(value, str) else repr(value)
-
-
-def _string_toml(text: str) -> str:
-    # JSON's escapes are TOML's, but for DEL, and for JSON's surrogate pairs where TOML wants the character.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _key_toml(key: str) -> str:
-    return key if key.isidentifier() and key.isascii() else _string_toml(key)
+    return toml.dumps(recipe.model_dump(exclude_none=True))

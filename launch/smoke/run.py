@@ -17,6 +17,7 @@ from typing import Any
 from launch.smoke.build import QUICK, Settings, build
 from launch.smoke.report import write_report
 from remit_megatron.errors import RemitError, RunError
+from remit_megatron.toml import dump_value
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "smoke"
 FOLDER_IN_RECIPES = "runs/smoke"
@@ -67,7 +68,7 @@ def remit(command: str, name: str, out: Path, overrides: dict[str, Any], argumen
     """Run `remit COMMAND` with a stage's recipe, moved under `out`. Raises RunError with the exit code of a failure."""
     recipe = RECIPES / f"{name}.toml"
     settings = {**moved(tomllib.loads(recipe.read_text(encoding="utf-8")), out), **overrides}
-    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={toml(value)}")]
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={dump_value(value)}")]
     line = [command, str(recipe), *arguments, *sets]
     _say("$ remit " + shlex.join(line))
     code = subprocess.run([sys.executable, "-m", "remit_megatron.cli", *line], env=_environment()).returncode
@@ -98,15 +99,6 @@ def _replaced(value: Any, out: Path) -> Any:
     if isinstance(value, dict):
         return {key: _replaced(item, out) for key, item in value.items()}
     return value
-
-
-def toml(value: Any) -> str:
-    """One value in TOML syntax, on one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)  # strings, numbers and booleans are written alike
 
 
 def _environment() -> dict[str, str]:

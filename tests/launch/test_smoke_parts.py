@@ -16,6 +16,7 @@ from launch.smoke.tokenizer import EOD_TOKEN, train_tokenizer
 from remit_megatron.config import load_recipe
 from remit_megatron.data.manifest import quick_verify, tokenizer_hash
 from remit_megatron.errors import RunError, UserError
+from remit_megatron.toml import dump_value
 from remit_megatron.train.evaluate import boxed_answer
 
 
@@ -212,7 +213,7 @@ def test_recipes_move_to_another_folder(name: str, tmp_path: Path) -> None:
     path = run.RECIPES / f"{name}.toml"
     written = load_recipe(path)
     assert run.moved(tomllib.loads(path.read_text()), Path(run.FOLDER_IN_RECIPES)) == {}
-    sets = [f"{k}={run.toml(v)}" for k, v in run.moved(tomllib.loads(path.read_text()), tmp_path / "a b").items()]
+    sets = [f"{k}={dump_value(v)}" for k, v in run.moved(tomllib.loads(path.read_text()), tmp_path / "a b").items()]
     there = load_recipe(path, sets)
     assert str(tmp_path) in there.model_dump_json()
     assert run.FOLDER_IN_RECIPES not in there.model_dump_json()
