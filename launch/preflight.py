@@ -36,7 +36,7 @@ CHECKPOINTS_FREE = 2.2
 """Room for so many: one is written before the oldest goes, and metrics and logs want some."""
 BYTES_PER_PARAMETER = 14
 """bf16 weights, and float32 weights and two moments of AdamW."""
-FILES_PER_RANK = 2
+FILES_PER_RANK = 8
 NODE_FREE_BYTES = 1 << 30
 POLL_S = 0.01
 TOLD_S = 10.0
@@ -148,10 +148,13 @@ UNKNOWN = "unknown"
 
 
 def checkpoint_bytes(recipe: Recipe, run: Path) -> int:
-    """Size of the next checkpoint: of the newest one, else from the model's parameters."""
-    latest = CheckpointFolder(run / "checkpoints", keep=1).latest()
-    if latest:
-        return sum(file.stat().st_size for file in latest.rglob("*") if file.is_file())
+    """Size of the next checkpoint: of the largest one there, else from the model's parameters."""
+    # Whether the pointer is right, and what to do if it is not, is for the trainer to say.
+    folder = CheckpointFolder(run / "checkpoints", keep=1)
+    named = folder.named()
+    there = [path for path in ([named, *folder.before(named)] if named else []) if path.is_dir()]
+    if there:
+        return max(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in there)
     carried = None
     if recipe.model.init and is_hf_folder(recipe.model.init):
         path = Path(recipe.model.init) / "config.json"

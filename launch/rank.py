@@ -21,7 +21,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 def main(argv: Sequence[str]) -> int:
     """argv: a command of `remit` with its recipe. Returns the exit code."""
-    if argv[:1] == ["train"]:
+    if argv[:1] == ["train"] or "--follow" in argv:  # the commands that listen
         hold_signals()
     os.environ.update(torch_variables(os.environ))
     redirect_output(os.environ)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import slurm
@@ -49,8 +50,8 @@ def header(profile: Profile, run: Path, name: str, nodes: int, tasks: int, workd
     return [*options, *profile.sbatch]
 
 
-def settings(profile: Profile, run: Path, python: str, workdir: Path) -> dict[str, str]:
-    """What the template reads from its environment, and the profile's own variables."""
+def settings(profile: Profile, run: Path, python: str, workdir: Path, arguments: Sequence[str] = ()) -> dict[str, str]:
+    """What the template reads from its environment, and the profile's own variables. arguments: of `remit train`."""
     values = {
         "REMIT_RECIPE": str(run / "recipe.toml"),
         "REMIT_RUN": str(run),
@@ -59,6 +60,7 @@ def settings(profile: Profile, run: Path, python: str, workdir: Path) -> dict[st
         "REMIT_PREFLIGHT": str(int(profile.preflight)),
         "REMIT_EXIT_WAIT_S": str(profile.exit_wait_s),
         "REMIT_FRUITLESS_RESTARTS": str(profile.fruitless_restarts),
+        "REMIT_ARGS": " ".join(arguments),
     }
     container = profile.container
     if container:

@@ -37,6 +37,13 @@ class Request:
     chain: int = 1
     dry_run: bool = False
     follow: bool = False
+    fallback: bool = False
+    """Of `remit train`."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """More arguments of `remit train`."""
+        return ["--fallback"] if self.fallback else []
 
 
 def launch(request: Request) -> int:
@@ -58,13 +65,13 @@ def launch(request: Request) -> int:
     return _slurm(request, recipe, run, load_profile(name or "gpu"))
 
 
-def _train(run: Path) -> list[str]:
+def _train(run: Path, arguments: Sequence[str]) -> list[str]:
     # Bare, for an absolute path is no TOML value, and then it is taken as it is.
-    return ["train", str(run / "recipe.toml"), "--set", f"run={run}"]
+    return ["train", str(run / "recipe.toml"), "--set", f"run={run}", *arguments]
 
 
 def _local(request: Request, recipe: Recipe, run: Path) -> int:
-    command = [sys.executable, "-m", "remit_megatron.cli", *_train(run)]
+    command = [sys.executable, "-m", "remit_megatron.cli", *_train(run, request.arguments)]
     capability = None if recipe.compute.device == "cpu" else environment.compute_capability()
     facts = environment.Facts(parallel=recipe.parallel, compute_capability=capability)
     added = environment.chosen(facts, os.environ)
@@ -81,7 +88,7 @@ def _local(request: Request, recipe: Recipe, run: Path) -> int:
 
 def _docker(request: Request, recipe: Recipe, run: Path, profile: Profile) -> int:
     secrets = passed_values(profile)
-    command = docker_command(_train(run), run, profile, request.nproc or profile.gpus_per_node or 1)
+    command = docker_command(_train(run, request.arguments), run, profile, request.nproc or profile.gpus_per_node or 1)
     if request.dry_run:
         print(shlex.join(command))
         return 0
@@ -95,7 +102,7 @@ def _slurm(request: Request, recipe: Recipe, run: Path, profile: Profile) -> int
     run_folder.check_shared(run, request.nodes, profile.shared_folders)
     secrets = passed_values(profile)
     options = render.header(profile, run, run.name, request.nodes, tasks, workdir)
-    values = render.settings(profile, run, sys.executable, workdir)
+    values = render.settings(profile, run, sys.executable, workdir, request.arguments)
     script = render.render("train.sbatch", options, values, profile.modules)
     submit_environment = {**{k: v for k, v in os.environ.items() if k in KEPT or k.startswith("SBATCH_")}, **secrets}
     if request.dry_run:

@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     launch.add_argument("--chain", type=_positive, default=1, metavar="N", help="submit N jobs, one after the other")
     launch.add_argument("--dry-run", action="store_true", help="print what would be done, and ask sbatch about it")
     launch.add_argument("--follow", action="store_true", help="show the log until the job ends")
+    launch.add_argument("--fallback", action="store_true", help="as of `remit train`")
     launch.set_defaults(func=_launch)
 
     status = commands.add_parser("status", help="what a run does, and why it was restarted")
@@ -202,6 +203,7 @@ def _launch(arguments: argparse.Namespace) -> int:
             chain=arguments.chain,
             dry_run=arguments.dry_run,
             follow=arguments.follow,
+            fallback=arguments.fallback,
         )
     )
 

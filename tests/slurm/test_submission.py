@@ -16,7 +16,7 @@ from launch.profiles import SHIPPED
 from remit_megatron.config import dump_toml, parse_recipe
 from tests.data_prep.tokenizers import TEXTS, save
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import QUIET, ROOT, Run, profile_text
+from tests.slurm.jobs import QUIET, ROOT, STEPS, Run, profile_text
 from tests.test_docs import commands
 from tests.train.runs import settings
 
@@ -233,6 +233,42 @@ def test_score_array(
     assert sum(name.endswith(".scores") for name in ours) >= 2, list(ours)
     assert theirs == ours
     assert f"{tmp_path / 'scores'}: complete" in logs
+
+
+def test_scorer_beside_a_run(
+    new_run: NewRun, cluster: Cluster, tmp_path: Path, undisturbed: Callable[[int], Any], shared: Path
+) -> None:
+    """The scorer is a job of its own: the run has every step's scores from it, and it ends when the run does."""
+    undisturbed(2)
+    reference = {
+        "path": str(shared / "undisturbed-2"),
+        "queue": {"fallback": "stop", "timeout_s": 300.0, "parallel": {}},
+    }
+    run = new_run(objective={"name": "remit"}, reference=reference, nproc=2)
+    variables = {"REMIT_RECIPE": str(run.recipe), "REMIT_RUN": str(run.folder), "REMIT_PYTHON": sys.executable}
+    command = [
+        "sbatch",
+        "--parsable",
+        "-p",
+        f"pair{run.pair}",
+        "--ntasks-per-node=1",
+        f"--output={tmp_path}/scorer.log",
+    ]
+    scorer = subprocess.run(
+        [*command, str(ROOT / "slurm" / "score.sbatch")],
+        env={**cluster.environment, **variables, "GLOO_SOCKET_IFNAME": "lo", **QUIET},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    job = run.submit(nodes=1)
+    assert run.wait_for_end(job)["JobState"] == "COMPLETED", run.story()
+    cluster.wait(lambda: cluster.ended(scorer), "the scorer did not end")
+    assert cluster.job(scorer)["JobState"] == "COMPLETED", (tmp_path / "scorer.log").read_text()
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == STEPS
+    assert {line["scored_online"] for line in lines} == {0}
 
 
 def files(folder: Path) -> dict[str, bytes]:
