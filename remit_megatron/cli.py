@@ -240,13 +240,13 @@ def _start_ranks(command: list[str], nproc: int) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Megatron-Core and torch warn of optional parts, which `remit doctor` tells of, and of their own future.
+    """Megatron-Core and torch warn of optional parts, which `remit doctor` tells of, and of their own future, at times
+    in the name of mcore/, which calls them.
 
     Python's -W or PYTHONWARNINGS brings their warnings back.
     """
     if not sys.warnoptions:
-        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", module=r"(megatron|torch|remit_megatron\.mcore)\.")
 
 
 def _speaks(error: RemitError) -> bool:

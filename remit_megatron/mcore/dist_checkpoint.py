@@ -49,6 +49,9 @@ WRITERS = max(2, min(8, (os.cpu_count() or 2) // 2))
 """Threads, and so files, of a rank that saves: as many are hashed at a time."""
 
 
+FULL_BELOW_BYTES = 1 << 20
+
+
 class _ThreadedSave(TorchDistSaveShardedStrategy):
     """Megatron's torch_dist format through torch's own writer, in threads.
 
@@ -210,8 +213,17 @@ def _writing(folder: Path) -> Iterator[None]:
         if failure_of_ranks(error):
             raise
         raise RunError(
-            f"checkpoint {folder} cannot be written: {first_line(error)}; the newest complete one stays as it was"
+            f"checkpoint {folder} cannot be written: {_why_not(error, folder)}; the newest complete one stays as it was"
         ) from error
+
+
+def _why_not(error: BaseException, folder: Path) -> str:
+    """torch's writer, when its disk is full, speaks of a position in its archive."""
+    with contextlib.suppress(OSError):
+        room = os.statvfs(folder)
+        if room.f_bavail * room.f_frsize < FULL_BELOW_BYTES and "No space left" not in first_line(error):
+            return f"No space left on device ({first_line(error)})"
+    return first_line(error)
 
 
 def _state(chunks: list[Any], optimizer: Any | None) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def tensorboard_histograms(run: Path, name: str) -> dict[int, float]:
     """Number of values at each step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0})  # by default only the last
     events.Reload()
     return {e.step: e.histogram_value.num for e in events.Histograms(name)}
 

@@ -76,8 +76,10 @@ def test_resume(folder: Path, straight: list[dict[str, Any]]) -> None:
     # Its description holds more than a synchronous save's, and is read all the same.
     assert Reader(checkpoints / "step-00000012").read_metadata().state_dict_metadata
     assert not list(checkpoints.glob(".partial-*"))
-    for name in [*OTHER_LAYOUTS, "pp2 to tp2"]:
-        compare(metrics(folder, name), metrics(folder, "straight pp2") if name == "pp2 to tp2" else straight, name)
+    unrecorded = [{key: value for key, value in line.items() if key != "token_weights"} for line in straight]
+    for name in OTHER_LAYOUTS:
+        compare(metrics(folder, name)[6:], unrecorded[6:], name)
+    compare(metrics(folder, "pp2 to tp2"), metrics(folder, "straight pp2"), "pp2 to tp2")
 
 
 def compare(got: list[dict[str, Any]], want: list[dict[str, Any]], name: str) -> None:
