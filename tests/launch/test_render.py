@@ -65,7 +65,7 @@ def test_values_arrive_as_they_are(tmp_path: Path) -> None:
             "environment": {"pass": ["HF_TOKEN"], "set": {"MINE": NASTY}},
         }
     )
-    values = settings(profile, Path(NASTY), "/venv/bin/python", Path("/work dir"))
+    values = settings(profile, Path(NASTY), "/venv/bin/python", Path("/job dir"))
     script = render("train.sbatch", ["--nodes=2"], values)
     exports = "".join(f"{line}\n" for line in script.splitlines() if line.startswith("export ") and "=" in line)
     result = subprocess.run(
