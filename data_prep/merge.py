@@ -18,9 +18,7 @@ def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> M
     Shards of one `tokenize --shard` run must be complete and in order; the result then equals the run without shards.
     Raises UserError for datasets that do not fit together, that have no manifest, or that are damaged.
     """
-    refuse_existing(output, overwrite)
-    if output in prefixes:
-        raise UserError(f"--output {output} is one of the datasets to merge: choose another name")
+    refuse_existing(output, overwrite, prefixes)
     sources = [(open_index(prefix), owned_manifest(prefix)) for prefix in prefixes]
     first = sources[0][1]
     for (_, manifest), prefix in zip(sources, prefixes, strict=True):
@@ -54,11 +52,16 @@ def owned_manifest(prefix: str) -> Manifest:
     return manifest
 
 
-def refuse_existing(output: str, overwrite: bool) -> None:
-    """Raise UserError where a dataset of that name exists and may not be replaced, or the name is a folder's."""
+def refuse_existing(output: str, overwrite: bool, sources: Sequence[str]) -> None:
+    """Raise UserError where a dataset of that name exists and may not be replaced, or the name is a folder's.
+
+    One that is read may never be, however its path is spelt.
+    """
     check_prefix(output)
     if idx_path(output).exists() and not overwrite:
         raise UserError(f"{idx_path(output)}: exists already; use --overwrite or another --output")
+    if any(idx_path(source).resolve() == idx_path(output).resolve() for source in sources):
+        raise UserError(f"--output {output} is a dataset that is read: choose another name")
 
 
 def _append(writer: DatasetWriter, indexed: IndexedTokens, manifest: Manifest) -> None:

@@ -39,7 +39,7 @@ def select(
     """
     if not 0 < keep <= 1:
         raise UserError(f"--keep {keep}: a share between 0 and 1 is expected")
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, [prefix])
     manifest, indexed = owned_manifest(prefix), open_index(prefix)
     large_nll, large_tied = _mean_nll(large, indexed, manifest)
     small_nll, small_tied = _mean_nll(small, indexed, manifest)

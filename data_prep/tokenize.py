@@ -88,6 +88,8 @@ def tokenize(settings: TokenizeSettings) -> Manifest:
     Each leaves what was done so far on disk, and the same command goes on from there.
     """
     check_prefix(settings.output)
+    if settings.eod_token is not None and not settings.append_eod:
+        raise UserError(f"--eod-token {settings.eod_token} goes with --append-eod: add it, or leave --eod-token out")
     folder = Path(f"{settings.output}{WORK_SUFFIX}")
     if not folder.exists():
         remove_folder(folder)

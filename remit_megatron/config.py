@@ -254,7 +254,7 @@ class Logging(Section):
 class Recipe(Section):
     """A whole run."""
 
-    run: str
+    run: str = Field(min_length=1)
     """Folder of the run: resolved recipe, metrics, checkpoints, log."""
     seed: NonNegative = 1234
     model: Model = Model()

@@ -41,8 +41,11 @@ def override(settings: dict[str, Any], assignment: str) -> None:
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
-    """What is wrong first in settings that `model` does not take, in one line that names the key."""
-    problem = error.errors()[0]
+    """What is wrong first in settings that `model` does not take, in one line that names the key.
+
+    An unknown key goes first: misspelt, it is also why another one is missing.
+    """
+    problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     where = [str(part) for part in problem["loc"]]
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":

@@ -38,6 +38,8 @@ def minimal(**changes: Any) -> dict[str, Any]:
         ({"optimizer": {}}, "missing key optimizer.peak_lr"),
         ({"optimizer__peak_lr": -1.0}, "optimizer.peak_lr"),
         ({"optimizer__peak_lr": "1e-4"}, "optimizer.peak_lr"),
+        ({"optimizer": {"peak_l": 1e-4}}, "unknown key optimizer.peak_l, did you mean peak_lr?"),
+        ({"run": ""}, "run: "),
         ({"seed": True}, "seed"),
         ({"optimizer__min_lr": 1.0}, "optimizer.min_lr must not exceed optimizer.peak_lr"),
         ({"schedule__warmup_tokens": 10_240}, "warmup_tokens must be smaller than train_tokens"),

@@ -306,6 +306,8 @@ def test_overwrite_and_changed_plan(
     write_jsonl(path, ["three"])
     run(path, tokenizer_dirs["olmo2"], tmp_path / "data", overwrite=True)
     assert our_files(tmp_path / "data") != first
+    with pytest.raises(UserError, match=r"--eod-token .* goes with --append-eod"):
+        run(path, tokenizer_dirs["olmo2"], tmp_path / "new", append_eod=False, eod_token=EOD)
     path.write_text('{"text": "a"}\nbad\n')
     with pytest.raises(UserError, match="max-bad"):
         run(path, tokenizer_dirs["olmo2"], tmp_path / "new", max_bad=0)

@@ -68,8 +68,10 @@ def test_merge_refuses_damage_and_names(tmp_path: Path) -> None:
         if message:
             with pytest.raises(UserError, match=message):
                 merge([prefix, other], output)
-    with pytest.raises(UserError, match="is one of the datasets"):
-        merge([prefix, other], prefix, overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for spelling in (prefix, str(tmp_path / "link" / "a")):
+        with pytest.raises(UserError, match="is a dataset that is read"):
+            merge([prefix, other], spelling, overwrite=True)
     manifest_path(other).unlink()
     with pytest.raises(UserError, match="no manifest; `remit data verify --adopt"):
         merge([prefix, other], str(tmp_path / "c"))
@@ -266,6 +268,8 @@ def test_select_refusals(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             select(prefix, large=scores, small=good, keep=keep, output=str(tmp_path / "out"))
     assert not bin_path(tmp_path / "out").exists()
+    with pytest.raises(UserError, match="is a dataset that is read"):
+        select(prefix, large=good, small=good, output=prefix, overwrite=True)
 
 
 def test_datatrove_output_loads(
