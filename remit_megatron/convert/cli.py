@@ -1,6 +1,7 @@
 """The commands `remit convert import | export | verify | check`."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from remit_megatron.convert.exporter import export_checkpoint
     from remit_megatron.convert.hub import local_folder
 
+    if not 0 < arguments.max_shard_gb < math.inf:
+        raise UserError(f"--max-shard-gb {arguments.max_shard_gb:g}: a number above 0 is expected")
     export_checkpoint(
         arguments.checkpoint,
         Path(arguments.target),

@@ -345,3 +345,11 @@ def test_check_pairs(root: Path) -> None:
         assert len(err.splitlines()) == (1 if wanted else 0)
         wrong = [line for line in out.splitlines() if line.startswith("wrong")]
         assert len(wrong) == (1 if wanted else 0), out
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_shard_size_is_a_number_above_0(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from remit_megatron.cli import main
+
+    assert main(["convert", "export", "none", "new", "--like", "none", f"--max-shard-gb={size}"]) == 2
+    assert f"--max-shard-gb {size}: a number above 0" in capsys.readouterr().err
