@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from remit_megatron.config import Recipe
-from remit_megatron.data.manifest import quick_verify
+from remit_megatron.data.manifest import quick_verify, tokenizer_hash
 from remit_megatron.errors import UserError
 
 MANY_EPOCHS = 4.0
@@ -38,8 +38,9 @@ def mix(recipe: Recipe) -> list[Share]:
     total = recipe.train_steps * recipe.global_batch_samples
     weights = sum(source.weight for source in recipe.data.train)
     shares = []
+    made_with = _tokenizer(recipe)
     for source in recipe.data.train:
-        info = quick_verify(source.path, vocab_size=recipe.model.vocab_size)
+        info = quick_verify(source.path, vocab_size=recipe.model.vocab_size, tokenizer_hash=made_with)
         epoch_samples = (info.num_tokens - 1) // length
         if epoch_samples < 1:
             raise UserError(
@@ -83,6 +84,11 @@ def build_indices(recipe: Recipe) -> list[str]:
     paths = [source.path for source in recipe.data.train] + list(recipe.data.eval.values())
     lines = []
     for path in dict.fromkeys(paths):
-        source = open_source(path, recipe.data, vocab_size)
+        source = open_source(path, recipe.data, vocab_size, _tokenizer(recipe))
         lines.append(f"{path}: {len(source):,} samples of {recipe.data.sequence_length} tokens indexed")
     return lines
+
+
+def _tokenizer(recipe: Recipe) -> str | None:
+    """Hash of the tokenizer that a run of the recipe holds its datasets to."""
+    return tokenizer_hash(recipe.data.tokenizer) if recipe.data.tokenizer else None

@@ -130,6 +130,13 @@ def test_mix(tmp_path: Path) -> None:
         mix(changed.model_copy(update={"model": changed.model.model_copy(update={"vocab_size": 50})}))
 
 
+def test_mix_and_index_hold_to_the_recipes_tokenizer(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    other = recipe(tmp_path, [{"path": make(tmp_path / "a", 0)}], tokenizer=str(tokenizer_dirs["gpt2"]))
+    for command in (mix, build_indices):
+        with pytest.raises(UserError, match="made with the tokenizer"):
+            command(other)
+
+
 def test_index(tmp_path: Path) -> None:
     """Every source's index is there before a run starts, and the run's own call finds it."""
     a, b = make(tmp_path / "a", 0), make(tmp_path / "b", 1)
