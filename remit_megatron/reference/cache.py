@@ -136,6 +136,8 @@ class ScoreCache:
         self._sources = list(range(len(manifest.sources)))
         """The cache's number of each of the run's sources."""
         self._maps: dict[tuple[int, int], np.ndarray] = {}
+        self._seen: set[tuple[int, int]] = set()
+        """Blocks whose file is known to be there; none of them goes again."""
 
     # Writing.
 
@@ -225,11 +227,14 @@ class ScoreCache:
 
     def has(self, source: int, number: int) -> bool:
         """Whether the block of a sample of the run's source is there."""
-        return self._path(self._sources[source], number // self.manifest.block_samples).exists()
+        place = self._sources[source], number // self.manifest.block_samples
+        if place not in self._seen and self._is_there(_block(self.manifest, *place)):
+            self._seen.add(place)
+        return place in self._seen
 
     def saturated_share(self) -> float:
         """Share of scored tokens at the largest score, over the blocks that are there."""
-        headers = [self._header(block)[0] for block in blocks_of(self.manifest) if self._path(*block[:2]).exists()]
+        headers = [self._header(block)[0] for block in blocks_of(self.manifest) if self._is_there(block)]
         return sum(h.saturated for h in headers) / max(1, sum(h.tokens for h in headers))
 
     def check_saturation(self) -> None:
@@ -243,7 +248,19 @@ class ScoreCache:
 
     def missing(self) -> list[Block]:
         """Blocks whose file is not there."""
-        return [block for block in blocks_of(self.manifest) if not self._path(block.source, block.number).exists()]
+        return [block for block in blocks_of(self.manifest) if not self._is_there(block)]
+
+    def _is_there(self, block: Block) -> bool:
+        """Whether a block has its file, damaged or not. One with fewer samples is of a time when no more were needed:
+        it is made again."""
+        try:
+            with self._path(block.source, block.number).open("rb") as stream:
+                magic, source, first, samples, *_ = HEADER.unpack(stream.read(HEADER.size))
+        except FileNotFoundError:
+            return False
+        except (OSError, struct.error):
+            return True
+        return (magic, source, first) != (MAGIC, block.source, block.first) or samples >= block.samples
 
     def _source_of(self, i: int, wanted: SourceScores) -> int:
         fingerprints = [one.fingerprint for one in self.manifest.sources]

@@ -324,6 +324,8 @@ class Trainer:
     def _score(self, step: int, batches: list[dict[str, torch.Tensor]]) -> None:
         """The reference's scores, from the cache that this run fills or from a scorer where these have them."""
         if self.write_through and self.write_through.read(step, batches):
+            if self.queue:
+                self.queue.skip(step)
             return
         if not (self.queue and self.queue.read(step, batches)):
             self.forward_step.score(batches)

@@ -65,6 +65,11 @@ class QueuedScores:
         """Tell the scorer which step is needed next. Collective."""
         from_rank_0(lambda: self._side.publish(step, done=done), self.device)
 
+    def skip(self, step: int) -> None:
+        """A step's scores come from elsewhere: the scorer is told to go on. Collective."""
+        self.wait_ms, self.online = 0.0, False
+        self.publish(step + 1)
+
     def read(self, step: int, batches: list[Batch]) -> bool:
         """Put the scores of a step's samples into its batches; False where the step is to be scored online. Collective.
 

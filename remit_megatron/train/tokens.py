@@ -22,6 +22,7 @@ from remit_megatron.mcore.attention import zigzag_slice
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import NTP, Objective, TokenStats
+from remit_megatron.ops.score_steps import round_to_steps
 from remit_megatron.ops.selection import top_share
 from remit_megatron.reference.online import Reference
 
@@ -71,7 +72,8 @@ class TokenRecords:
                     f"{KEY} needs the reference's scores of held-out samples, and this recipe does not load it: set "
                     "reference.check_samples above 0, or reference.queue.fallback = 'online'"
                 )
-            self._ref_nll = self._nll(reference.chunks)
+            scores = self._nll(reference.chunks)
+            self._ref_nll = round_to_steps(scores) if recipe.reference and recipe.reference.rounds else scores
 
     def resume(self, step: int) -> None:
         """On rank 0: remove what an earlier start has recorded after `step`, which comes again."""

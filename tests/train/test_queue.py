@@ -1,6 +1,8 @@
 """A scorer beside the run: the online run again in any layout, and what each side does when the other is gone."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import pytest
 from launch.scorers import devices
 from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError, UserError
+from remit_megatron.ops.score_steps import STEPS_PER_NAT
 from remit_megatron.reference.cache import CacheManifest, ScoreCache, SourceScores
 from remit_megatron.reference.score_queue import HEADER, Look, QueueManifest, RunSide, ScorerSide, read_step, write_step
 from tests.ranks import run_ranks
-from tests.train.runs import SEQUENCE, metrics, remit, train_all, weights
+from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all, weights
 
 STEPS = 12
 SHORT = {"checkpoint": {"every_steps": 0}, "evaluation": {"every_steps": 0}}
@@ -117,6 +120,10 @@ def test_queued_is_online_in_any_layout(folder: Path) -> None:
         assert metrics(folder, f"queued {name}") == metrics(folder, f"online {name}"), name
         assert weights(folder, f"queued {name}") == weights(folder, f"online {name}"), name
     assert metrics(folder, "queued dp2 rounded") != metrics(folder, "queued dp2"), "rounding must show"
+    for name, rounds in (("dp2 rounded", True), ("dp2", False)):
+        records = pq.read_table(folder / f"queued {name}" / "tokens" / "step-00000005.parquet")
+        steps = records["ref_nll"].to_numpy() * STEPS_PER_NAT
+        assert (steps == steps.round()).all() == rounds, "records have the scores that training used"
     cache = ScoreCache(kept, CacheManifest.read(kept, "x"))
     assert not cache.missing(), "what a scorer makes is kept as well"
     assert cache.scores(0, 95).std() > 0.1
@@ -144,6 +151,52 @@ def test_queued_is_online_in_any_layout(folder: Path) -> None:
     for word, (code, message) in zip(words, refused, strict=True):
         assert code == 2
         assert f"needs other scores than this recipe's: {word}" in message
+
+
+def fill_and_go_on(rank: int, first: Any, second: Any) -> list[tuple[int, str]]:
+    """A run that leaves scores on disk, then a longer one beside a scorer, whose scores are all 2 nats."""
+    from remit_megatron.reference import cache
+
+    cache.BLOCK_BYTES = 12 * 2 * SEQUENCE
+    scorer = threading.Thread(target=_constant_scorer, args=(parse_recipe(second).queue_folder,))
+    outcomes = train_all(rank, [first])
+    scorer.start()
+    outcomes += train_all(rank, [second])
+    scorer.join()
+    return outcomes
+
+
+def _constant_scorer(folder: Path) -> None:
+    """Two steps ahead of the run of one source; it stands still after 10 seconds without work."""
+    while not (folder / "run.json").exists():
+        time.sleep(0.01)
+    manifest = QueueManifest.model_validate(json.loads((folder / "run.json").read_text())["manifest"], strict=False)
+    side, worked_s, count = ScorerSide(folder, manifest, 2), time.monotonic(), manifest.step_samples
+    while time.monotonic() - worked_s < 10:
+        step, done = side.next()
+        if done:
+            return
+        if step is None:
+            time.sleep(0.01)
+            continue
+        samples = [(0, n) for n in range((step - 1) * count, step * count)]
+        write_step(folder, step, manifest, samples, np.full((count, SEQUENCE), 2.0))
+        side.announce(step)
+        worked_s = time.monotonic()
+
+
+def test_scores_from_disk_and_then_from_a_scorer(folder: Path) -> None:
+    """Steps that are read from disk take the scorer along; a block that was short for a shorter run is made again."""
+    kept = folder / "kept of a shorter run"
+    first = remit(folder, "kept first", **SHORT, schedule={"train_tokens": 4 * SEQUENCE * SAMPLES})
+    second = queued(folder, "kept second", {"ahead_steps": 2, "timeout_s": 5.0, "fallback": "stop"})
+    for recipe in (first, second):
+        recipe["reference"]["write_scores"] = str(kept)
+    assert run_ranks(1, fill_and_go_on, first, second) == [[(0, "")] * 2]
+    of_reference = [line["ref_nll"] for line in metrics(folder, "kept first")]
+    # 32 samples were kept, in blocks of 12: the third has room for more.
+    assert [line["ref_nll"] for line in metrics(folder, "kept second")] == [*of_reference[:3], *[2.0] * (STEPS - 3)]
+    assert not ScoreCache(kept, CacheManifest.read(kept, "x")).missing()
 
 
 def check_records(folder: Path, runs: list[str]) -> None:
