@@ -98,20 +98,22 @@ class Trainer:
         if recipe.reference and recipe.reference.write_scores:
             assert wanted is not None
             self.write_through = WriteThrough(recipe, wanted, self.data, self.groups, process.device)
+        resume = self.plan.resume
+        self.meta = self._saved_meta(resume) if resume else self._fresh_meta()
 
         # Everything that a mistake could stop is behind us: from here on the run folder is written to.
         from_rank_0(self.folder.claim, process.device)
         self.status.claimed()
-        resume = self.plan.resume
         if resume and passed_over:
             from_rank_0(lambda: self.checkpoints.pass_over(list(passed_over), resume), process.device)
         if self.is_main:
-            self.status.open(recipe.train_steps, read_meta(resume) if resume else None)
+            self.status.open(recipe.train_steps, self.meta if resume else None)
         self.chunks = optim.wrap_ddp(self.chunks, config, recipe.parallel)
         self.optimizer, self.scheduler = optim.build_optimizer(
             self.chunks, recipe.optimizer, recipe.schedule, recipe.parallel, self.plan.dtype
         )
-        self.meta = self._resume(resume) if resume else self._fresh_meta()
+        if resume:
+            self._load(resume)
         optim.advance(self.scheduler, self.meta.tokens)
 
         self.loader = make_loader(
@@ -189,7 +191,8 @@ class Trainer:
             reference=self.plan.reference_identity,
         )
 
-    def _resume(self, path: Path) -> Meta:
+    def _saved_meta(self, path: Path) -> Meta:
+        """Of the checkpoint to go on from. Raises UserError where this start is not one of its run."""
         saved, fresh = read_meta(path), self._fresh_meta()
         for key in ("shape", "data", "tokenizer", "distributed_optimizer", "precision", "reference"):
             if getattr(saved, key) != getattr(fresh, key):
@@ -197,11 +200,13 @@ class Trainer:
                     f"checkpoint {path}: its {key} is {getattr(saved, key)}, this start has {getattr(fresh, key)}: "
                     "restore what changed, or start another run folder"
                 )
+        return saved
+
+    def _load(self, path: Path) -> None:
         try:
             dist_checkpoint.load_training(path, self.chunks, self.optimizer)
         except DamagedError as error:
             raise self.checkpoints.refusal(path, error) from None
-        return saved
 
     def _open_outputs(self, resume: Path | None, passed_over: dict[Path, str]) -> None:
         """On rank 0."""

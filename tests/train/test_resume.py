@@ -62,8 +62,14 @@ def test_resume(folder: Path, straight: list[dict[str, Any]]) -> None:
         ),
         *(remit(folder, name, parallel=layout) for name, layout in OTHER_LAYOUTS.items()),
         remit(folder, "pp2 to tp2", parallel=TP2),
+        remit(folder, "straight pp2", parallel={"pipeline": 2, "distributed_optimizer": False}),
     ]
-    assert run_ranks(2, train_all, recipes) == [[(0, "")] * len(recipes)] * 2
+    status = (folder / "straight pp2" / "status.json").read_bytes()
+    for *done, (code, message) in run_ranks(2, train_all, recipes):
+        assert done == [(0, "")] * (len(recipes) - 1)
+        assert code == 2
+        assert "its distributed_optimizer is True, this start has False" in message
+    assert (folder / "straight pp2" / "status.json").read_bytes() == status, "a refused start writes nothing"
 
     for name in same:
         assert metrics(folder, name) == straight, name
