@@ -18,10 +18,10 @@ def assemble(text: np.ndarray, data: Data, eod_id: int | None, sample_id: int) -
     loss_mask = np.ones(len(tokens), dtype=np.float32)
     if eod_id is not None:
         ends = tokens == eod_id
-        sample["segment_ids"] = np.cumsum(ends, dtype=np.int64)
+        sample["segment_ids"] = np.cumsum(ends, dtype=np.int64) - ends[0]  # below s, as groups are numbered
         if data.eod_mask_loss:
             loss_mask[ends] = 0
         if data.document_mask:
-            sample["documents"] = sample["segment_ids"] - ends
+            sample["documents"] = sample["segment_ids"] - ends + ends[0]
     sample["loss_mask"] = loss_mask
     return sample
