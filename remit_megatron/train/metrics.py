@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from remit_megatron.data.files import writing
-from remit_megatron.errors import RunError
+from remit_megatron.errors import RunError, UserError
 
 NAMES = ("loss", "nll", "ref_nll", "gap", "weight", "weight_sq", "clipped_low", "clipped_high", "selected", "kl")
 RENAMED = {"gap": "gap_mean", "weight": "weight_mean"}
@@ -57,14 +57,15 @@ def read(ratios: dict[str, tuple[float, float]]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one line a step, full precision. Lines after `resumed_step` are dropped at start.
+    """metrics.jsonl: one line a step, full precision. Lines after `resumed_step` are dropped at start, whatever a crash
+    of the machine has made of them. Raises UserError where one before is damaged.
 
     A line that a full disk refuses is kept and written with the next; a checkpoint is not made without it.
     """
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
-        lines = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step]
+        lines = _lines_until(path, resumed_step)
         temporary = path.with_name(f".{path.name}.new")
         with writing(path):
             temporary.write_text("".join(lines))
@@ -106,8 +107,17 @@ class MetricsFile:
         os.close(self._descriptor)
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Lines that end in a newline: a killed writer may leave half a line behind."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _lines_until(path: Path, last_step: int) -> list[str]:
+    """The lines up to that step's, which were made durable with its checkpoint; half a line may follow, or worse."""
+    lines: list[str] = []
+    step = 0
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
+        if step >= last_step or not line.endswith("\n"):
+            break
+        try:
+            step = int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: line {len(lines) + 1} is damaged: restore it, or move the file away") from None
+        if step <= last_step:
+            lines.append(line)
+    return lines
