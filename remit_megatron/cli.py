@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from remit_megatron import __version__
-from remit_megatron.errors import RemitError
+from remit_megatron.errors import RemitError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,6 +153,11 @@ def _score(arguments: argparse.Namespace) -> int:
     from remit_megatron.train.score import parse_shard, score_recipe
 
     recipe, shard = load_recipe(arguments.recipe, arguments.overrides), parse_shard(arguments.shard)
+    if arguments.follow and (arguments.output or arguments.check or arguments.export or arguments.shard != "0/1"):
+        raise UserError(
+            "remit score --follow scores whole steps into reference.queue.folder: --output, --shard, --check and "
+            "--export do not go with it"
+        )
     if arguments.export:
         from remit_megatron.train.export import export_scores
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Recipe
+from remit_megatron.data.files import writing
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import datasets, dist_checkpoint
 from remit_megatron.mcore.generate import greedy
@@ -82,13 +83,16 @@ def evaluate_checkpoint(
     tokenizer = _tokenizer(recipe) if problems else None
     if output and not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist")
+    if output and Path(output).is_dir():
+        raise UserError(f"--output {output} is a folder: name a file in it")
     with joined_process(recipe.compute) as process:
         figures = _figures(recipe, checkpoint, process, tokenizer, cases, max_new_tokens)
         if process.rank == 0:
             text = json.dumps(figures, indent=1)
             print(text)
             if output:
-                Path(output).write_text(text + "\n")
+                with writing(Path(output)):
+                    Path(output).write_text(text + "\n")
 
 
 def _figures(
@@ -156,7 +160,10 @@ def _tokenizer(recipe: Recipe) -> Any:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"data.tokenizer: {path} does not exist")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises no narrower one
+        raise UserError(f"data.tokenizer: {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _read_problems(path: str) -> list[dict[str, str]]:

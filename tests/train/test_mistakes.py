@@ -189,3 +189,25 @@ def test_several_ranks_say_it_once(folder: Path, capfd: pytest.CaptureFixture[st
         main(["train", str(recipe), "--nproc", "2", "--set", "parallel.tensor=1", "--set", "run=" + str(folder)]) == 2
     )
     assert capfd.readouterr().err.count("remit: ") == 1
+
+
+def test_flags_that_cannot_be_are_refused_before_the_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from remit_megatron.cli import main
+
+    recipe, problems, tokenizer = tmp_path / "flags.toml", tmp_path / "problems.jsonl", tmp_path / "tokenizer.json"
+    recipe.write_text(dump_toml(parse_recipe(settings(folder, "flags"))))
+    problems.write_text('{"prompt": "a", "answer": "b"}\n')
+    tokenizer.write_text("{")
+    evaluate, score = ["eval", str(recipe), "--checkpoint", str(folder / "base")], ["score", str(recipe), "--follow"]
+    for command, words in (
+        ([*evaluate, "--output", str(tmp_path)], "is a folder"),
+        ([*evaluate, "--problems", str(problems), "--set", f"data.tokenizer={tokenizer}"], "data.tokenizer: "),
+        ([*score, "--output", str(tmp_path)], "do not go with it"),
+        ([*score, "--shard", "0/2"], "do not go with it"),
+    ):
+        assert main(command) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert words in lines[0]
