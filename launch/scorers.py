@@ -53,6 +53,8 @@ def run_with_scorers(recipe: Recipe, both: list[str], train: list[str], nproc: i
 def devices(variables: Mapping[str, str], nproc: int, scorers: int) -> dict[str, str]:
     """CUDA_VISIBLE_DEVICES of the scorer's ranks: those after the run's. Raises UserError where they are too few."""
     visible = variables.get("CUDA_VISIBLE_DEVICES")
+    if visible == "":
+        return {}  # all devices are hidden, and stay so
     known = visible.split(",") if visible else [str(i) for i in range(nproc + scorers)]
     if len(known) < nproc + scorers:
         raise UserError(

@@ -402,6 +402,7 @@ def test_recipes(tmp_path: Path) -> None:
 
 def test_devices_of_scorers() -> None:
     assert devices({}, 6, 2) == {"CUDA_VISIBLE_DEVICES": "6,7"}
+    assert devices({"CUDA_VISIBLE_DEVICES": ""}, 2, 1) == {}
     assert devices({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 3, 1) == {"CUDA_VISIBLE_DEVICES": "7"}
     with pytest.raises(UserError, match="names 4 devices only"):
         devices({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 4, 1)
