@@ -4,10 +4,11 @@
 `Recipe`. Nothing else in the package reads settings from the environment or from global arguments.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -115,7 +116,8 @@ class Queue(Section):
     ahead_steps: Positive = 8
     """Steps that the scorer may be ahead. So many lie in the folder, 4 bytes a token; the scorer removes used ones."""
     timeout_s: float = Field(60.0, ge=1)
-    """A scorer that has not moved for so long counts as gone. Reading files late, a shared file system adds to it."""
+    """A scorer that has not moved for so long counts as gone. Reading files late, a shared file system adds to it; with
+    fallback = "stop" it also has to cover the scorer's start."""
     fallback: Literal["online", "stop"] = "online"
     """Without a scorer the run scores online until one comes back. `stop`: the reference is not loaded, and the run
     stops when it has waited for `timeout_s`."""
@@ -294,6 +296,9 @@ class Recipe(Section):
         Layout, device, logging, limits and checkpoint cadence may change between two starts of a run; the rest may not.
         """
         settings = self.model_dump(exclude=NOT_IDENTITY)
+        objective = self.build_objective()
+        # With its defaults: to write one out changes nothing.
+        settings["objective"] = {"name": objective.name, **dataclasses.asdict(cast(Any, objective))}
         settings["data"].pop("eval")
         for key in ("cache_dir", "loader", "prefetch_steps"):
             settings["data"].pop(key)

@@ -114,6 +114,8 @@ def test_fingerprint_follows_what_is_computed() -> None:
         assert parse_recipe(minimal(**change)).fingerprint() == base, change
     prints = [parse_recipe(minimal(**change)).fingerprint() for change in other]
     assert len({base, *prints}) == len(other) + 1
+    written_out = {"objective": {"name": "remit", "epsilon": 0.2, "clip": True}, "reference": {"path": "r"}}
+    assert parse_recipe(minimal(**written_out)).fingerprint() == prints[-1], "defaults are no other recipe"
 
 
 def test_every_key_is_documented() -> None:

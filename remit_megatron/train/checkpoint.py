@@ -19,6 +19,8 @@ from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.shape import ModelShape
 
 FORMAT = 1
+NAMES = "step-" + "[0-9]" * 8
+"""Of complete checkpoints; whatever else lies beside them, a copy made by hand for instance, is nobody's business."""
 IDENTITY_BYTES = 1 << 20
 
 
@@ -66,7 +68,7 @@ class CheckpointFolder:
         pointer = self.folder / "latest"
         if not pointer.exists():
             # A kill between the two renames of the very first commit leaves a complete checkpoint without a pointer.
-            complete = sorted(meta.parent for meta in self.folder.glob("step-*/meta.json"))
+            complete = sorted(meta.parent for meta in self.folder.glob(f"{NAMES}/meta.json"))
             return complete[-1] if complete else None
         return self.folder / (Path(pointer.read_text(errors="replace").strip()).name or "nothing")
 
@@ -85,7 +87,7 @@ class CheckpointFolder:
 
     def before(self, path: Path) -> list[Path]:
         """Complete checkpoints older than `path`, the newest first; all of them where its name is no checkpoint's."""
-        complete = sorted((meta.parent for meta in self.folder.glob("step-*/meta.json")), reverse=True)
+        complete = sorted((meta.parent for meta in self.folder.glob(f"{NAMES}/meta.json")), reverse=True)
         return [found for found in complete if found.name < path.name or not path.name.startswith("step-")]
 
     def pass_over(self, damaged: list[Path], chosen: Path) -> None:
@@ -126,8 +128,8 @@ class CheckpointFolder:
         fsync_folder(self.folder)
         self._point_to(final)
         # Only whole ones count towards `keep`: the last good one never goes because of damaged ones after it.
-        kept = [path for path in sorted(self.folder.glob("step-*")) if checksums.whole(path)][-self.keep :]
-        for old in self.folder.glob("step-*"):
+        kept = [path for path in sorted(self.folder.glob(NAMES)) if checksums.whole(path)][-self.keep :]
+        for old in self.folder.glob(NAMES):
             if old.name < min([final, *kept]).name:
                 _remove(old)
         return final
