@@ -60,8 +60,9 @@ def settings(profile: Profile, run: Path, python: str, workdir: Path, arguments:
         "REMIT_PREFLIGHT": str(int(profile.preflight)),
         "REMIT_EXIT_WAIT_S": str(profile.exit_wait_s),
         "REMIT_FRUITLESS_RESTARTS": str(profile.fruitless_restarts),
-        "REMIT_ARGS": " ".join(arguments),
     }
+    if arguments:
+        values["REMIT_ARGS"] = " ".join(arguments)
     container = profile.container
     if container:
         values["REMIT_CONTAINER_IMAGE"] = container.image

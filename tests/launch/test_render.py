@@ -107,3 +107,11 @@ def test_scripts_are_sound(script: Path) -> None:
     command = [checker] if checker else ["bash", "-n"]
     result = subprocess.run([*command, str(script)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_arguments_of_train(tmp_path: Path) -> None:
+    """`remit launch --fallback`: the template hands them to `remit train` as words."""
+    values = settings(Profile(), tmp_path, "/venv/bin/python", tmp_path, ["--fallback"])
+    script = render("train.sbatch", ["--nodes=2"], values)
+    assert "export REMIT_ARGS=--fallback\n" in script
+    assert "REMIT_ARGS" not in settings(Profile(), tmp_path, "/venv/bin/python", tmp_path)
