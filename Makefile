@@ -37,7 +37,8 @@ test-slurm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m slurm -n 3 --dist worksteal
 
 test-image: setup
-	$(BIN)/python -m pytest -m image tests/image
+	bash tests/image/packages.sh
+	$(BIN)/python -m pytest -rs -m image tests/image
 
 bench: setup
 	$(BIN)/python -m benchmarks.step --output benchmarks/results/step-$$(hostname -s).json

@@ -17,6 +17,9 @@ forward and a backward of twice its cost. Times are noisy on a shared machine; t
     kd            the reference's distribution over the whole vocabulary
 
 On a CPU the processor time of each step is kept beside its wall time: it hardly moves with what else a machine does.
+It is the sum over the data-parallel ranks of --trainers. The scorer of remit-queued can be given the load of more
+trainers than run here (--scored-trainers), and arms can be timed over several steps --in-a-row, so that a scorer that
+falls behind is waited for.
 """
 
 import argparse
@@ -27,14 +30,17 @@ import platform as machine
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
-from benchmarks.step_scorer import Queue, random_batches
+from benchmarks.step_figures import CPU_LIMITS, LIMITS, Times, figures, spread, verdict
+from benchmarks.step_scorer import Queue, own_part, random_batches
 from remit_megatron.config import Optimizer, Parallel, Schedule
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import compat, platform
@@ -47,32 +53,6 @@ CPU_ARMS = ("ntp", "remit", "remit-scores", "remit-queued", "rho1", "kd")
 CUDA_ARMS = ("ntp", "remit", "remit-fp8", "remit-scores", "rho1", "kd")
 SCORED = ("remit", "remit-fp8", "remit-graph", "rho1", "kd")
 """Arms that run the reference."""
-LIMITS: dict[str, tuple[str, float | None, float]] = {
-    "remit over ntp": ("<=", 1.37, 1.33),
-    "remit-fp8 over ntp": ("<=", None, 1.20),
-    "remit-graph over ntp": ("<=", None, 1.33),
-    "remit-scores over ntp": ("<=", 1.02, 1.00),
-    "ntp mfu": (">=", 0.40, 0.50),
-}
-"""Of the shape olmo2-1b on a GPU: direction, what it must reach, what it aims at."""
-CPU_LIMITS: dict[str, tuple[str, float | None, float]] = {
-    "remit over ntp": ("<=", 1.45, 1.33),
-    "remit-scores over ntp": ("<=", 1.03, 1.00),
-    "remit-queued over ntp": ("<=", 1.03, 1.00),
-    "scoring rate over ntp": (">=", 2.5, 3.0),
-}
-"""Of the shape small on a CPU, by processor time."""
-
-
-class Times(NamedTuple):
-    """Seconds of a step, and of its part that the reference took."""
-
-    wall: float
-    cpu: float
-    score_wall: float
-    score_cpu: float
-
-
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "shape": ModelShape(
@@ -130,7 +110,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    """A student, its optimizer, a frozen reference of the same shape, and the arms that train with them."""
+    """A student, its optimizer, a frozen reference of the same shape, and the arms that train with them.
+
+    Every data-parallel rank has one, and calls its methods at the same time as the others.
+    """
 
     def __init__(self, setting: dict[str, Any], device: torch.device, arms: list[str]):
         """Raises UserError where `arms` has remit-fp8 and FP8 cannot run."""
@@ -176,13 +159,15 @@ class Bench:
         self.steps += 1
         if arm == "remit-queued" and self.queue:
             self.queue.step += 1
-            batches = random_batches(self.setting, self.device, self.queue.step)
+            seed = self.queue.step
         else:
-            batches = random_batches(self.setting, self.device, 1_000_000 + self.steps)
+            seed = 1_000_000 + self.steps
+        batches = own_part(self.setting, random_batches(self.setting, self.device, seed))
         forward_step = self.arms[arm]
         if arm == "remit-scores":
             for batch in batches:
                 batch["ref_nll"] = torch.rand_like(batch["loss_mask"]) * 12
+        dist.barrier()
         started = self._mark()
         optim.zero_grads(self.chunks, self.optimizer)
         score = 0.0, 0.0
@@ -195,7 +180,16 @@ class Bench:
             score = _seconds(begun, self._mark())
         run_schedule(forward_step, batches, self.chunks, forward_only=False)
         optim.optimizer_step(self.optimizer, 1.0)
-        return Times(*_seconds(started, self._mark()), *score)
+        return self._of_all(Times(*_seconds(started, self._mark()), *score))
+
+    def _of_all(self, times: Times) -> Times:
+        """Processor time of all ranks together, wall time of the slowest."""
+        if dist.get_world_size() == 1:
+            return times
+        found = torch.tensor([times] * 2, dtype=torch.float64)
+        dist.all_reduce(found[0], op=dist.ReduceOp.MAX)
+        dist.all_reduce(found[1])
+        return Times(*(found[i % 2, i].item() for i in range(4)))
 
     def _mark(self) -> tuple[float, float]:
         """Wall time and the process's own."""
@@ -219,46 +213,22 @@ def _seconds(begun: tuple[float, float], ended: tuple[float, float]) -> tuple[fl
     return ended[0] - begun[0], ended[1] - begun[1]
 
 
-def measure(bench: Bench, warmup: int, pairs: int) -> dict[str, Any]:
-    """Interleave the arms; the order within a round alternates, so that none always runs first."""
+def measure(bench: Bench, warmup: int, pairs: int, in_a_row: int = 1) -> dict[str, Any]:
+    """Interleave the arms; the order within a round alternates, so that none always runs first.
+
+    What counts once is the mean of `in_a_row` steps of an arm.
+    """
     times: dict[str, list[Times]] = {arm: [] for arm in bench.arms}
     for i in range(warmup + pairs):
         for arm in list(bench.arms) if i % 2 == 0 else list(bench.arms)[::-1]:
-            one = bench.step(arm)
+            steps = [bench.step(arm) for _ in range(in_a_row)]
+            one = Times(*(statistics.fmean(column) for column in zip(*steps, strict=True)))
             if i >= warmup:
                 times[arm].append(one)
-    result = _figures({arm: [(t.wall, t.score_wall) for t in found] for arm, found in times.items()})
+    result = figures({arm: [(t.wall, t.score_wall) for t in found] for arm, found in times.items()})
     if bench.device.type == "cpu":
-        result["processor_time"] = _figures(
-            {arm: [(t.cpu, t.score_cpu) for t in found] for arm, found in times.items()}
-        )
+        result["processor_time"] = figures({arm: [(t.cpu, t.score_cpu) for t in found] for arm, found in times.items()})
     return result
-
-
-def _figures(times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    """Medians and spreads of (step, its scoring), and of ratios of neighbouring steps."""
-    found: dict[str, Any] = {
-        "step_seconds": {arm: _spread([step for step, _ in pairs]) for arm, pairs in times.items()},
-        "ratios": {},
-        "reference_share": {arm: _spread([s / t for t, s in pairs]) for arm, pairs in times.items() if pairs[0][1]},
-    }
-    if "ntp" in times:
-        ntp = [step for step, _ in times["ntp"]]
-        for arm in sorted(times.keys() - {"ntp"}):
-            pairwise = zip(times[arm], ntp, strict=True)
-            found["ratios"][f"{arm} over ntp"] = _spread([step / base for (step, _), base in pairwise])
-        if "remit" in times:
-            scoring = [score for _, score in times["remit"]]
-            # Of one device's tokens a second; and device hours with those of the scoring counted in.
-            found["scoring rate over ntp"] = _spread([b / s for s, b in zip(scoring, ntp, strict=True)])
-            if "remit-scores" in times:
-                three = zip(times["remit-scores"], scoring, ntp, strict=True)
-                found["remit-scores and their scoring over ntp"] = _spread([(t + s) / b for (t, _), s, b in three])
-    return found
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "count": len(values)}
 
 
 def describe(bench: Bench, name: str) -> dict[str, Any]:
@@ -268,7 +238,12 @@ def describe(bench: Bench, name: str) -> dict[str, Any]:
         "benchmark": "step",
         "shape": name,
         "model": setting["shape"].model_dump(),
-        "tokens_per_step": setting["sequence_length"] * setting["microbatch_samples"] * setting["num_microbatches"],
+        "trainers": setting["trainers"],
+        "scored_trainers": setting["scored_trainers"],
+        "tokens_per_step": setting["sequence_length"]
+        * setting["microbatch_samples"]
+        * setting["num_microbatches"]
+        * setting["trainers"],
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
         "machine": f"{machine.system()} {machine.machine()}, {os.cpu_count()} cores",
         "load": os.getloadavg(),
@@ -286,27 +261,19 @@ def add_peaks(bench: Bench, result: dict[str, Any]) -> None:
         values = {name: by_cpu["ratios"].get(name, by_cpu.get(name)) for name in CPU_LIMITS}
         if result["shape"] == "small":
             result["verdicts"] = {
-                name: _verdict(spread["median"], *CPU_LIMITS[name]) for name, spread in values.items() if spread
+                name: verdict(found["median"], *CPU_LIMITS[name]) for name, found in values.items() if found
             }
         return
     result["peak_bytes"] = {arm: bench.peak_bytes(arm) for arm in bench.arms}
     peak = flops.peak_flops(bench.device)
-    found = {name: spread["median"] for name, spread in result["ratios"].items()}
+    found = {name: ratio["median"] for name, ratio in result["ratios"].items()}
     if peak and "ntp" in bench.arms:
         per_token = flops.training_flops_per_token(setting["shape"], None, setting["sequence_length"])
         rate = result["tokens_per_step"] / result["step_seconds"]["ntp"]["median"]
         result["ntp_tokens_per_s"] = rate
         result["ntp_mfu"] = found["ntp mfu"] = rate * per_token / peak
     if result["shape"] == "olmo2-1b":
-        result["verdicts"] = {name: _verdict(value, *LIMITS[name]) for name, value in found.items() if name in LIMITS}
-
-
-def _verdict(value: float, sign: str, must: float | None, aim: float) -> dict[str, Any]:
-    def reached(limit: float) -> bool:
-        return value <= limit if sign == "<=" else value >= limit
-
-    found = {"value": value, "aim": f"{sign} {aim}", "aim_met": reached(aim)}
-    return found if must is None else found | {"must": f"{sign} {must}", "met": reached(must)}
+        result["verdicts"] = {name: verdict(value, *LIMITS[name]) for name, value in found.items() if name in LIMITS}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -318,25 +285,53 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=10, help="steps of each arm that count")
+    parser.add_argument("--in-a-row", type=int, default=1, help="steps of an arm before the next one's turn")
+    parser.add_argument("--trainers", type=int, default=1, help="data-parallel ranks; on a CPU only")
+    parser.add_argument(
+        "--scored-trainers", type=int, help="trainers whose samples the scorer scores; default: those here"
+    )
     parser.add_argument("--output", type=Path)
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Raises UserError where the options do not go together, or the device cannot do what they ask."""
+    scored = options.scored_trainers or options.trainers
+    if platform.resolve_device(options.device) == "cuda":
+        if options.trainers > 1:
+            raise UserError("--trainers: more than one is for a CPU")
+        if "remit-queued" in (options.arms or ()):
+            raise UserError("the arm remit-queued needs a second device for its scorer and runs on a CPU only here")
+    if not 1 <= options.trainers <= scored:
+        raise UserError(f"--trainers {options.trainers} --scored-trainers {scored}: at least one, and no fewer scored")
+    if options.trainers == 1:
+        return run_rank(options, 0, dist.HashStore())
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_spawned, (options, folder), nprocs=options.trainers)
+        return json.loads(Path(folder, "result.json").read_text())
+
+
+def _spawned(rank: int, options: argparse.Namespace, folder: str) -> None:
+    result = run_rank(options, rank, dist.FileStore(f"{folder}/store", options.trainers))
+    if rank == 0:
+        Path(folder, "result.json").write_text(json.dumps(result))
+
+
+def run_rank(options: argparse.Namespace, rank: int, store: dist.Store) -> dict[str, Any]:
+    """One data-parallel rank's part; the result is rank 0's."""
     device = platform.activate(options.device)
     cuda = device.type == "cuda"
-    if cuda and "remit-queued" in (options.arms or ()):
-        raise UserError("the arm remit-queued needs a second device for its scorer and runs on a CPU only here")
     name = options.shape or ("olmo2-1b" if cuda else "small")
     # FP8 on a CPU is for tests: its products are slower than float32's.
     arms = list(dict.fromkeys(options.arms or (CUDA_ARMS if cuda else CPU_ARMS)))
-    dist.init_process_group(platform.backend(device), store=dist.HashStore(), rank=0, world_size=1)
+    trainers = {"trainers": options.trainers, "scored_trainers": options.scored_trainers or options.trainers}
+    dist.init_process_group(platform.backend(device), store=store, rank=rank, world_size=options.trainers)
     try:
-        bench = Bench(SHAPES[name], device, arms)
-        result = describe(bench, name) | measure(bench, options.warmup, options.pairs)
+        bench = Bench(SHAPES[name] | trainers, device, arms)
+        result = describe(bench, name) | measure(bench, options.warmup, options.pairs, options.in_a_row)
         add_peaks(bench, result)
         if bench.queue:
-            result["queue_wait_seconds"] = _spread(bench.queue.waits[options.warmup :])
+            result["queue_wait_seconds"] = spread(bench.queue.waits[options.warmup * options.in_a_row :])
             bench.queue.close()
     finally:
         dist.destroy_process_group()

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ POLL_S = 0.01
 
 
 class Queue:
-    """The timed process's end: it makes the scorer's process and reads what that leaves."""
+    """The trainers' end, as in a run: rank 0 starts the scorer, reads what that leaves, and sends it to all."""
 
     def __init__(self, setting: dict[str, Any]):
-        self.folder = Path(tempfile.mkdtemp())
-        self.step = 0
+        self.setting, self.step = setting, 0
         self.waits: list[float] = []
         """Seconds that each step waited."""
+        if dist.get_rank() != 0:
+            return
+        self.folder = Path(tempfile.mkdtemp())
         self._run = RunSide(self.folder, _manifest(setting), timeout_s=600.0)
         self._run.publish(1)
         self._process = get_context("spawn").Process(target=_serve, args=(self.folder, setting), daemon=True)
@@ -36,38 +39,52 @@ class Queue:
             time.sleep(POLL_S)
 
     def fill(self, batches: list[dict[str, torch.Tensor]]) -> None:
-        """Put a step's scores into batches made by `random_batches` with its number."""
+        """Put a step's scores into this rank's part of the batches made by `random_batches` with its number."""
         begun = time.perf_counter()
-        while (look := self._run.look(self.step, _samples(self.step, batches))).scores is None:
-            if not look.wait:
-                raise RuntimeError(f"the scorer is gone: {look.reason}")
-            time.sleep(POLL_S)
+        scores = torch.empty(_step_samples(self.setting), self.setting["sequence_length"])
+        if dist.get_rank() == 0:
+            while (look := self._run.look(self.step, _samples(self.setting, self.step))).scores is None:
+                if not look.wait:
+                    raise RuntimeError(f"the scorer is gone: {look.reason}")
+                time.sleep(POLL_S)
+            self._run.publish(self.step + 1)
+            scores.copy_(torch.from_numpy(look.scores.copy()))
+        if dist.get_world_size() > 1:
+            dist.broadcast(scores, src=0)
         self.waits.append(time.perf_counter() - begun)
-        self._run.publish(self.step + 1)
-        scores = torch.from_numpy(look.scores.copy()).to(batches[0]["tokens"].device)
-        for batch, part in zip(batches, scores.split(len(batches[0]["tokens"])), strict=True):
-            batch["ref_nll"] = part
+        for batch, part in zip(batches, own_part(self.setting, scores.split(len(batches[0]["tokens"]))), strict=True):
+            batch["ref_nll"] = part.to(batch["tokens"].device)
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.join()
-        shutil.rmtree(self.folder)
+        if dist.get_rank() == 0:
+            self._process.terminate()
+            self._process.join()
+            shutil.rmtree(self.folder)
 
 
 def random_batches(setting: dict[str, Any], device: torch.device, seed: int) -> list[dict[str, torch.Tensor]]:
-    """A step's microbatches of random tokens."""
+    """A step's microbatches of random tokens, those of all trainers that the scorer serves."""
     generator = torch.Generator().manual_seed(seed)
     shape = (setting["microbatch_samples"], setting["sequence_length"] + 1)
     batches = []
-    for _ in range(setting["num_microbatches"]):
+    for _ in range(setting["num_microbatches"] * setting["scored_trainers"]):
         text = torch.randint(setting["shape"].vocab_size, shape, generator=generator)
         one = {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": torch.ones(shape[0], shape[1] - 1)}
         batches.append({key: value.contiguous().to(device) for key, value in one.items()})
     return batches
 
 
-def _samples(step: int, batches: list[dict[str, torch.Tensor]]) -> list[tuple[int, int]]:
-    count = sum(len(batch["tokens"]) for batch in batches)
+def own_part(setting: dict[str, Any], microbatches: Sequence[Any]) -> Sequence[Any]:
+    """This rank's share of a step's microbatches, as Megatron's data parallelism deals them out."""
+    return microbatches[dist.get_rank() :: setting["scored_trainers"]]
+
+
+def _step_samples(setting: dict[str, Any]) -> int:
+    return setting["microbatch_samples"] * setting["num_microbatches"] * setting["scored_trainers"]
+
+
+def _samples(setting: dict[str, Any], step: int) -> list[tuple[int, int]]:
+    count = _step_samples(setting)
     return [(0, step * count + i) for i in range(count)]
 
 
@@ -84,8 +101,7 @@ def _manifest(setting: dict[str, Any]) -> QueueManifest:
         block_samples=1,
         sources=(),
     )
-    samples = setting["microbatch_samples"] * setting["num_microbatches"]
-    return QueueManifest(scores=scores, weights=(), step_samples=samples, train_steps=1 << 40)
+    return QueueManifest(scores=scores, weights=(), step_samples=_step_samples(setting), train_steps=1 << 40)
 
 
 def _serve(folder: Path, setting: dict[str, Any]) -> None:
@@ -108,5 +124,5 @@ def _serve(folder: Path, setting: dict[str, Any]) -> None:
             continue
         batches = random_batches(setting, device, step)
         scores = torch.cat(step_of.nll_of(chunks, batches))
-        write_step(folder, step, side.manifest, _samples(step, batches), scores.numpy())
+        write_step(folder, step, side.manifest, _samples(setting, step), scores.numpy())
         side.announce(step)

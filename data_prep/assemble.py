@@ -23,6 +23,7 @@ from remit_megatron.errors import RunError, UserError
 
 CHECKPOINT_BYTES = 1 << 30
 COPY_BYTES = 1 << 20
+STATE = "state.json"
 COUNTS = ("num_tokens", "num_documents", "num_empty", "num_bad", "size", "disk_bytes", "bin_bytes", "bad_bytes")
 
 
@@ -58,7 +59,7 @@ class Assembler:
         self.dtype = dtype
         self.max_bad = max_bad
         self.paths = {name: folder / f"all.{name}" for name in ("bin", "len", "bad")}
-        self._state_path = folder / "state.json"
+        self._state_path = folder / STATE
         self.state = State(**json.loads(self._state_path.read_text())) if self._state_path.exists() else State()
         self.hasher = BlockHasher()
         self.hasher.finished = list(self.state.blocks)
@@ -193,6 +194,15 @@ def finish(prefix: str, folder: Path) -> Manifest:
     publish(prefix, folder / "all.bin", folder / "all.idx", manifest)
     remove_folder(folder)
     return manifest
+
+
+def holds_tokens(folder: Path) -> bool:
+    """Whether a work folder has anything that would have to be made again."""
+    journal = folder / STATE
+    if journal.exists() and State(**json.loads(journal.read_text())).num_tokens:
+        return True
+    footers = (read_footer(path) for path in folder.glob("*.part"))
+    return any(footer is not None and footer.num_tokens for footer in footers)
 
 
 def remove_folder(folder: Path) -> None:

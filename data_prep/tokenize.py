@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from data_prep.assemble import Assembler, finish, remove_folder
+from data_prep.assemble import Assembler, finish, holds_tokens, remove_folder
 from data_prep.backends import HuggingFace, TokenizerFile, backend_version, choose_backend, clip, limit_threads
 from data_prep.cuts import safe_to_cut
 from data_prep.inputs import (
@@ -41,6 +41,7 @@ from remit_megatron.errors import RunError, StopRequested, UserError
 
 DOCUMENT_MIB = 64
 WHOLE_DOCUMENT_MIB = 2
+LOCK = "lock"
 SAMPLE_TASKS = 8
 SAMPLE_DOCUMENTS = 100
 SAMPLE_CHARACTERS = 1 << 19
@@ -85,7 +86,8 @@ def tokenize(settings: TokenizeSettings) -> Manifest:
     """Make the dataset, or go on where an earlier start of the same command stopped.
 
     Raises UserError for a mistake in the inputs, RunError for a disk or worker that fails, StopRequested for Ctrl-C.
-    Each leaves what was done so far on disk, and the same command goes on from there.
+    Each leaves what was done so far on disk, and the same command goes on from there; a mistake that was found before
+    any token was made leaves nothing.
     """
     check_prefix(settings.output)
     if settings.eod_token is not None and not settings.append_eod:
@@ -107,9 +109,14 @@ def _plan_and_run(settings: TokenizeSettings, folder: Path) -> Manifest:
     with _locked(folder):
         if (folder / "commit.json").exists():
             return _said(settings, finish(settings.output, folder), "published what an earlier start had finished")
-        plan = _make_plan(settings, inputs, file, folder)
-        _match_plan(folder, plan, settings)
-        return _run(settings, plan)
+        try:
+            plan = _make_plan(settings, inputs, file, folder)
+            _match_plan(folder, plan)
+            return _run(settings, plan)
+        except UserError:
+            if not holds_tokens(folder):
+                remove_folder(folder)
+            raise
 
 
 def _run(settings: TokenizeSettings, plan: Plan) -> Manifest:
@@ -255,7 +262,7 @@ def _sample(tasks: list[Task], text_key: str, max_bytes: int) -> list[str]:
     return texts
 
 
-def _match_plan(folder: Path, plan: Plan, settings: TokenizeSettings) -> None:
+def _match_plan(folder: Path, plan: Plan) -> None:
     """Write the plan, or compare it with the one that an earlier start wrote."""
     path = folder / "plan.json"
     wanted = json.loads(json.dumps(plan.identity))
@@ -264,6 +271,12 @@ def _match_plan(folder: Path, plan: Plan, settings: TokenizeSettings) -> None:
         return
     found = json.loads(path.read_text())
     differing = [name for name in wanted if wanted[name] != found.get(name)]
+    if differing and not holds_tokens(folder):  # one that was killed before it had any
+        for left in folder.iterdir():
+            if left.name != LOCK:
+                left.unlink()
+        write_atomically(path, json.dumps(wanted).encode())
+        return
     if differing:
         what = "the input files or their division" if differing == ["tasks"] else ", ".join(differing)
         raise UserError(
@@ -295,7 +308,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Create the work folder and keep a second run out of it for as long as this one lives."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")  # noqa: SIM115 - closed below
+        file = open(folder / LOCK, "w")  # noqa: SIM115 - closed below
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.step import ARMS, LIMITS, SCORED, SHAPES, _verdict
+from benchmarks.step import ARMS, SCORED, SHAPES
+from benchmarks.step_figures import LIMITS, verdict
 from remit_megatron.train.flops import training_flops_per_token
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,22 @@ def test_runs_on_cpu(tmp_path: Path) -> None:
     assert "ntp_mfu" not in report
 
 
+def test_trainers_share_a_scorer(tmp_path: Path) -> None:
+    """Two data-parallel ranks, and a scorer with the load of three; every arm two steps in a row."""
+    sizes = ["--shape", "tiny", "--warmup", "1", "--pairs", "2", "--in-a-row", "2"]
+    done = run(
+        "--device", "cpu", *sizes, *["--trainers", "2", "--scored-trainers", "3", "--arms", "ntp", "remit-queued"]
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["trainers"], report["scored_trainers"], report["tokens_per_step"]) == (2, 3, 128)
+    assert report["ratios"]["remit-queued over ntp"]["count"] == 2
+    assert report["queue_wait_seconds"]["count"] == 4, "every step's"
+    done = run("--device", "cpu", *sizes, *["--trainers", "2", "--scored-trainers", "1"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--trainers 2 --scored-trainers 1" in done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_refuses_without_a_gpu() -> None:
     done = run("--device", "cuda")
@@ -53,15 +70,15 @@ def test_refuses_without_a_gpu() -> None:
 
 
 def test_verdicts() -> None:
-    assert _verdict(1.35, *LIMITS["remit over ntp"]) == {
+    assert verdict(1.35, *LIMITS["remit over ntp"]) == {
         "value": 1.35,
         "must": "<= 1.37",
         "met": True,
         "aim": "<= 1.33",
         "aim_met": False,
     }
-    assert "met" not in _verdict(1.1, *LIMITS["remit-fp8 over ntp"])
-    assert _verdict(0.39, *LIMITS["ntp mfu"])["met"] is False
+    assert "met" not in verdict(1.1, *LIMITS["remit-fp8 over ntp"])
+    assert verdict(0.39, *LIMITS["ntp mfu"])["met"] is False
 
 
 def test_flops_of_the_shape() -> None:

@@ -94,7 +94,8 @@ def test_output_inside_the_input_folder(tmp_path: Path, tokenizer_dirs: dict[str
     """What an earlier or unfinished run left there is no input; nor is the card of a dataset beside its data."""
     folder = tmp_path / "raw"
     folder.mkdir()
-    (folder / "a.jsonl").write_bytes(lines(["one", "two"]) + b"bad\n")
+    (folder / "a.jsonl").write_bytes(lines(["one", "two"]))
+    (folder / "b.jsonl").write_bytes(b"bad\n")
     (folder / "README.md").write_text("---\nlicense: x\n---\n# Card")
     settings = TokenizeSettings(
         inputs=[str(folder)], tokenizer=str(tokenizer_dirs["olmo2"]), output=str(folder / "tokens"), workers=1,
@@ -104,10 +105,11 @@ def test_output_inside_the_input_folder(tmp_path: Path, tokenizer_dirs: dict[str
         tokenize(settings)
     assert (folder / "tokens.parts" / "plan.json").exists()
     first = tokenize(dataclasses.replace(settings, max_bad=1))
-    assert {path.name for path in folder.iterdir()} == {"a.jsonl", "README.md", "tokens.bin", "tokens.idx",
+    assert {path.name for path in folder.iterdir()} == {"a.jsonl", "b.jsonl", "README.md", "tokens.bin", "tokens.idx",
                                                         "tokens.manifest.json", "tokens.bad.jsonl"}  # fmt: skip
     assert tokenize(dataclasses.replace(settings, max_bad=1)) == first
-    (folder / "a.jsonl").unlink()
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).unlink()
     assert tokenize(settings).num_documents == 1, "a folder of plain text: its README is a document"
     for output in (str(tmp_path / "new") + "/", str(folder)):
         with pytest.raises(UserError, match="a folder; a dataset is a prefix such as"):

@@ -308,15 +308,44 @@ def test_overwrite_and_changed_plan(
     assert our_files(tmp_path / "data") != first
     with pytest.raises(UserError, match=r"--eod-token .* goes with --append-eod"):
         run(path, tokenizer_dirs["olmo2"], tmp_path / "new", append_eod=False, eod_token=EOD)
-    path.write_text('{"text": "a"}\nbad\n')
+
+
+def test_a_changed_command_is_refused_where_tokens_were_made(
+    tmp_path: Path, tokenizer_dirs: dict[str, Path], write_jsonl: Callable[..., Path]
+) -> None:
+    inputs, olmo2 = tmp_path / "in", tokenizer_dirs["olmo2"]
+    inputs.mkdir()
+    write_jsonl(inputs / "a.jsonl", ["one", "two"])
+    (inputs / "b.jsonl").write_text("bad\n")
     with pytest.raises(UserError, match="max-bad"):
-        run(path, tokenizer_dirs["olmo2"], tmp_path / "new", max_bad=0)
+        run(inputs, olmo2, tmp_path / "new", max_bad=0)
     for change in (dict(append_eod=False), dict(folder=tokenizer_dirs["gpt2"]), dict(text_key="id")):
         with pytest.raises(UserError, match="belongs to an unfinished run of another kind"):
-            run(**({"inputs": path, "folder": tokenizer_dirs["olmo2"], "output": tmp_path / "new"} | change))  # type: ignore[arg-type]
-    path.write_text('{"text": "a"}\n')
+            run(**({"inputs": inputs, "folder": olmo2, "output": tmp_path / "new"} | change))  # type: ignore[arg-type]
+    (inputs / "b.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match="the input files or their division differ"):
-        run(path, tokenizer_dirs["olmo2"], tmp_path / "new")
+        run(inputs, olmo2, tmp_path / "new")
+
+
+def test_a_mistake_that_made_no_token_is_not_in_the_way(
+    tmp_path: Path, tokenizer_dirs: dict[str, Path], write_jsonl: Callable[..., Path]
+) -> None:
+    path, output, olmo2 = tmp_path / "in.jsonl", tmp_path / "new", tokenizer_dirs["olmo2"]
+    path.write_text("\n\n")
+    for change, said in ((dict(), "no token to write"), (dict(vocab_size=7), "--vocab-size 7 is smaller")):
+        with pytest.raises(UserError, match=said):
+            run(path, olmo2, output, **change)
+        assert [one.name for one in tmp_path.glob("new*")] == []
+    write_jsonl(path, ["one"])
+    with pytest.raises(UserError, match="--max-bad allows 0"):
+        run(path, olmo2, output, text_key="tekst", max_bad=0)
+    # A run that was killed before its first token, with another plan.
+    parts = tmp_path / "new.parts"
+    parts.mkdir()
+    (parts / "plan.json").write_text('{"tasks": []}')
+    (parts / "all.bin").touch()
+    assert run(path, olmo2, output).num_documents == 1
+    assert not parts.exists()
 
 
 def test_vocabulary_of_the_model_decides_the_dtype(

@@ -1,6 +1,7 @@
-"""The cpu-smoke image, from a Debian base that is made here, with buildah; then the smoke's training in its container.
+"""The cpu-smoke image, from a Debian base that is made here; then the smoke's training in its container.
 
-What pip on this machine is configured with holds in the build too. Minutes long: `make test-image`.
+With buildah, which needs no daemon, cgroups or namespaces; `ENGINE=podman make test-image` is for where containers run.
+What pip on this machine is configured with holds in the build too.
 """
 
 import os
@@ -13,12 +14,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"
+ENGINE = os.environ.get("ENGINE", "buildah")
 
 
 def missing() -> str | None:
     if os.geteuid() != 0:
         return "building an image without an engine needs root"
-    absent = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
+    absent = [name for name in (ENGINE, "debootstrap") if shutil.which(name) is None]
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
@@ -44,21 +46,40 @@ def pip_mounts() -> list[str]:
     return arguments
 
 
+def debian(folder: Path) -> None:
+    """A minimal Debian in a folder."""
+    if folder.exists():
+        return
+    done = subprocess.run(["debootstrap", "--variant=minbase", SUITE, str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"debootstrap has made no Debian here: {(done.stderr + done.stdout).strip().splitlines()[-1]}")
+
+
+def base_of_buildah(rootfs: Path, store: Path, name: str) -> None:
+    buildah = ["buildah", "--storage-driver=vfs", f"--root={store}/store", f"--runroot={store}/run"]
+    container = run([*buildah, "from", "scratch"]).strip()
+    run([*buildah, "add", "--quiet", container, str(rootfs), "/"])
+    run([*buildah, "commit", "--quiet", "--rm", container, name])
+
+
+def base_of_podman(rootfs: Path, store: Path, name: str) -> None:
+    archive = store / "rootfs.tar"
+    run(["tar", "-C", str(rootfs), "-cf", str(archive), "."])
+    run(["podman", "import", "--quiet", str(archive), name])
+    archive.unlink()
+
+
 @pytest.mark.image
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
 def test_the_smoke_runs_in_an_image_made_here(tmp_path: Path) -> None:
     store = Path(os.environ.get("BUILDAH_STORE", tmp_path))
-    base, rootfs = f"localhost/debian:{SUITE}", store / "rootfs"
-    buildah = ["buildah", "--storage-driver=vfs", f"--root={store}/store", f"--runroot={store}/run"]
-    if not rootfs.exists():
-        run(["debootstrap", "--variant=minbase", SUITE, str(rootfs)])
-    container = run([*buildah, "from", "scratch"]).strip()
-    run([*buildah, "add", "--quiet", container, str(rootfs), "/"])
-    run([*buildah, "commit", "--quiet", "--rm", container, base])
-    arguments = ["--pull-never", f"--build-arg=CPU_BASE_IMAGE={base}", *pip_mounts()]
+    base = f"localhost/debian:{SUITE}"
+    debian(store / "rootfs")
+    {"buildah": base_of_buildah, "podman": base_of_podman}[ENGINE](store / "rootfs", store, base)
+    arguments = ["--pull=never", f"--build-arg=CPU_BASE_IMAGE={base}", *pip_mounts()]
     said = run(
         ["launch/container_smoke.sh", "python", "-m", "launch.smoke", "--quick", "--out", "/tmp/smoke"],
-        ENGINE="buildah",
+        ENGINE=ENGINE,
         BUILD_ARGS=" ".join(arguments),
         BUILDAH_STORE=str(store),
     )
