@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.arguments import count, positive, shard
+
 
 def add_parser(subparsers: Any) -> None:
     """Add `data` and its subcommands to an argparse subparsers object; each sets `func(arguments) -> int`."""
@@ -39,20 +41,20 @@ def _add_tokenize(commands: Any) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, glob, folder or hf:NAME[@CONFIG][:SPLIT]")
     parser.add_argument("--tokenizer", required=True, help="tokenizer.json, or a folder with one")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .manifest.json")
-    parser.add_argument("--workers", type=_positive, help="processes; default: the CPUs this process may use")
+    parser.add_argument("--workers", type=positive, help="processes; default: the CPUs this process may use")
     parser.add_argument("--text-key", default="text", help="key or column of the text; default: text")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the EOD token")
     parser.add_argument(
         "--eod-token", help="the EOD token; default: eos_token of the tokenizer's tokenizer_config.json"
     )
-    parser.add_argument("--vocab-size", type=_positive, help="rows of the model's vocabulary, where more than the ids")
+    parser.add_argument("--vocab-size", type=positive, help="rows of the model's vocabulary, where more than the ids")
     parser.add_argument("--text-lines", action="store_true", help="in plain text a line is a document, not a file")
-    parser.add_argument("--max-bad", type=_count, default=1000, help="unreadable documents to put aside; default: 1000")
+    parser.add_argument("--max-bad", type=count, default=1000, help="unreadable documents to put aside; default: 1000")
     parser.add_argument(
-        "--max-document-mib", type=_positive, help="longer ones are put aside; default: 64, or 2 where memory needs it"
+        "--max-document-mib", type=positive, help="longer ones are put aside; default: 64, or 2 where memory needs it"
     )
     parser.add_argument("--backend", choices=("auto", "gigatoken", "tokenizers"), default="auto")
-    parser.add_argument("--shard", type=_shard, metavar="I/N", help="only piece I (from 0) of N, for job arrays")
+    parser.add_argument("--shard", type=shard, metavar="I/N", help="only piece I (from 0) of N, for job arrays")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of that name")
     parser.set_defaults(func=_tokenize)
 
@@ -62,7 +64,7 @@ def _add_inspection(commands: Any) -> None:
     verify.add_argument("prefix", metavar="PREFIX")
     verify.add_argument("--full", action="store_true", help="read and hash everything")
     verify.add_argument("--adopt", action="store_true", help="after a full check write the missing manifest")
-    verify.add_argument("--vocab-size", type=_positive, help="refuse ids past this vocabulary")
+    verify.add_argument("--vocab-size", type=positive, help="refuse ids past this vocabulary")
     verify.add_argument("--tokenizer", help="refuse data of another tokenizer; with --adopt: record this one")
     verify.add_argument("--eod-id", type=int, help="with --adopt: the token that ends each document (checked)")
     verify.set_defaults(func=_verify)
@@ -75,7 +77,7 @@ def _add_inspection(commands: Any) -> None:
     peek.add_argument("prefix", metavar="PREFIX")
     peek.add_argument("--doc", type=int, required=True, metavar="N", help="number of the document, from 0")
     peek.add_argument("--tokenizer", help="tokenizer.json or a folder with one, for the text")
-    peek.add_argument("--tokens", type=_positive, default=256, help="ids to show at most; default: 256")
+    peek.add_argument("--tokens", type=positive, default=256, help="ids to show at most; default: 256")
     peek.set_defaults(func=_peek)
 
 
@@ -187,27 +189,6 @@ def _select(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps(report, indent=1))
     return 0
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError("write it as I/N with I from 0 to N - 1")
-    return int(index), int(count)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from remit_megatron.config import Recipe, load_recipe
 from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import RunError, UserError
 
+NO_ANSWER = ("a configuration source", "process configuration file", "contact slurm controller")
+"""What sbatch says where no controller is within reach."""
 KEPT = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TZ"),
     *("MODULEPATH", "LD_LIBRARY_PATH", "PYTHONPATH", "SLURM_CONF"),
@@ -138,6 +140,8 @@ def _test_only(script: str, variables: dict[str, str]) -> int:
         print("sbatch is not on this machine: SLURM has not been asked", file=sys.stderr)
         return 0
     print(_trimmed(result.stderr), file=sys.stderr)
+    if result.returncode and any(words in result.stderr for words in NO_ANSWER):
+        raise RunError("SLURM's controller is out of reach, so it has not judged the job: dry-run on a login node")
     if result.returncode:
         raise UserError("SLURM would refuse this job: change --nodes, --nproc or the profile")
     return 0

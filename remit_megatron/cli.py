@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from remit_megatron import __version__
+from remit_megatron.arguments import positive, shard
 from remit_megatron.errors import RemitError, UserError
 
 
@@ -30,40 +31,40 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a recipe, or go on with it")
     _add_recipe(train)
-    train.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks")
+    train.add_argument("--nproc", type=positive, metavar="N", help="start N local ranks")
     train.add_argument("--fallback", action="store_true", help="where the newest checkpoint is damaged, use an older")
-    train.add_argument("--scorers", type=_positive, metavar="N", help="and N ranks that score beside them")
+    train.add_argument("--scorers", type=positive, metavar="N", help="and N ranks that score beside them")
     train.set_defaults(func=_train)
 
     evaluate = commands.add_parser("eval", help="held-out NLL and exact-match accuracy of a checkpoint")
     _add_recipe(evaluate)
     evaluate.add_argument("--checkpoint", required=True, help="checkpoint or run folder")
     evaluate.add_argument("--problems", help="jsonl with `prompt` and `answer`: greedy decoding, exact match")
-    evaluate.add_argument("--max-new-tokens", type=_positive, default=128)
+    evaluate.add_argument("--max-new-tokens", type=positive, default=128)
     evaluate.add_argument("--output", help="write the figures as JSON here too")
-    evaluate.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks")
+    evaluate.add_argument("--nproc", type=positive, metavar="N", help="start N local ranks")
     evaluate.set_defaults(func=_evaluate)
 
     score = commands.add_parser("score", help="the reference's scores of a recipe's samples, made ahead")
     _add_recipe(score)
     score.add_argument("--output", help="folder; default: reference.scores")
-    score.add_argument("--shard", default="0/1", metavar="I/N", help="score the I-th of N parts, counted from 0")
+    score.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="only part I (from 0) of N")
     score.add_argument(
-        "--check", type=_positive, nargs="?", const=64, default=0, metavar="N", help="compare N samples, default 64"
+        "--check", type=positive, nargs="?", const=64, default=0, metavar="N", help="compare N samples, default 64"
     )
     score.add_argument("--export", metavar="DIR", help="write the scores by token, for `remit data select`")
     score.add_argument("--follow", action="store_true", help="score for the recipe's run while it trains")
-    score.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks")
+    score.add_argument("--nproc", type=positive, metavar="N", help="start N local ranks")
     score.set_defaults(func=_score)
 
     check = commands.add_parser("check", help="validate a recipe and what it names; trains nothing")
     _add_recipe(check)
-    check.add_argument("--ranks", type=_positive, metavar="N", help="that it is to start on; default: the fewest")
+    check.add_argument("--ranks", type=positive, metavar="N", help="that it is to start on; default: the fewest")
     check.set_defaults(func=_check)
 
     plan = commands.add_parser("plan", help="memory and time that a recipe takes on so many GPUs")
     _add_recipe(plan)
-    plan.add_argument("--gpus", type=_positive, required=True, metavar="N")
+    plan.add_argument("--gpus", type=positive, required=True, metavar="N")
     plan.add_argument("--gpu", default="H100", help="kind; default: H100")
     plan.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is reached; default: 0.4")
     plan.set_defaults(func=_plan)
@@ -71,9 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     launch = commands.add_parser("launch", help="start a recipe here, in a container, or on a SLURM cluster")
     _add_recipe(launch)
     launch.add_argument("--on", default="local", metavar="TARGET", help="local, docker[:PROFILE] or slurm[:PROFILE]")
-    launch.add_argument("--nodes", type=_positive, default=1, metavar="N")
-    launch.add_argument("--nproc", type=_positive, metavar="N", help="ranks a node, where the profile has no GPUs")
-    launch.add_argument("--chain", type=_positive, default=1, metavar="N", help="submit N jobs, one after the other")
+    launch.add_argument("--nodes", type=positive, default=1, metavar="N")
+    launch.add_argument("--nproc", type=positive, metavar="N", help="ranks a node, where the profile has no GPUs")
+    launch.add_argument("--chain", type=positive, default=1, metavar="N", help="submit N jobs, one after the other")
     launch.add_argument("--dry-run", action="store_true", help="print what would be done, and ask sbatch about it")
     launch.add_argument("--follow", action="store_true", help="show the log until the job ends")
     launch.add_argument("--fallback", action="store_true", help="as of `remit train`")
@@ -104,13 +105,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one key"
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -150,10 +144,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     from remit_megatron.config import load_recipe
-    from remit_megatron.train.score import parse_shard, score_recipe
+    from remit_megatron.train.score import score_recipe
 
-    recipe, shard = load_recipe(arguments.recipe, arguments.overrides), parse_shard(arguments.shard)
-    if arguments.follow and (arguments.output or arguments.check or arguments.export or arguments.shard != "0/1"):
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.follow and (arguments.output or arguments.check or arguments.export or arguments.shard != (0, 1)):
         raise UserError(
             "remit score --follow scores whole steps into reference.queue.folder: --output, --shard, --check and "
             "--export do not go with it"
@@ -164,7 +158,7 @@ def _score(arguments: argparse.Namespace) -> int:
         print(*export_scores(recipe, arguments.output, arguments.export), sep="\n")
         return 0
     if arguments.nproc is not None:
-        command = ["score", arguments.recipe, *_overrides(arguments), "--shard", arguments.shard]
+        command = ["score", arguments.recipe, *_overrides(arguments), "--shard", "{}/{}".format(*arguments.shard)]
         command += ["--output", arguments.output] if arguments.output else []
         command += ["--check", str(arguments.check)] if arguments.check else []
         command += ["--follow"] if arguments.follow else []
@@ -174,7 +168,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
         follow_run(recipe)
         return 0
-    score_recipe(recipe, arguments.output, shard, arguments.check)
+    score_recipe(recipe, arguments.output, arguments.shard, arguments.check)
     return 0
 
 

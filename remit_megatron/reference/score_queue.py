@@ -76,6 +76,8 @@ class QueueManifest(BaseModel):
 class RunState(NamedTuple):
     """What run.json says."""
 
+    name: str
+    """Of this start of the run, drawn then."""
     manifest: QueueManifest
     position: int
     """The step whose scores the run needs next."""
@@ -112,6 +114,7 @@ class RunSide:
         self.folder = folder
         self.manifest = manifest
         self.timeout_s = timeout_s
+        self._name = uuid.uuid4().hex
         self._clock = clock
         self._state: ScorerState | None = None
         self._moved_s = float("-inf")
@@ -121,7 +124,12 @@ class RunSide:
         """Say which step is needed next. Raises RunError where the folder cannot be written."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"manifest": self.manifest.model_dump(mode="json"), "position": position, "done": done}
+        content = {
+            "name": self._name,
+            "manifest": self.manifest.model_dump(mode="json"),
+            "position": position,
+            "done": done,
+        }
         _replace(self.folder / "run.json", json.dumps(content).encode())
 
     def look(self, step: int, samples: Sequence[SampleNumber]) -> Look:
@@ -169,13 +177,18 @@ class ScorerSide:
     """The scorer's end of a queue, on one rank. Its counter moves with its work, so that one that hangs is noticed."""
 
     def __init__(self, folder: Path, manifest: QueueManifest, ahead_steps: int):
-        """Go on with what another scorer has left of the same scores; the rest is removed."""
+        """Go on with what another scorer has left of the same scores; the rest is removed.
+
+        A run that had ended before is not the one to follow.
+        """
         self.folder = folder
         self.manifest = manifest
         self.ahead_steps = ahead_steps
         self._name, self._beat, self._beaten_s = uuid.uuid4().hex, 0, float("-inf")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        run = _read_run(folder)
+        self._over = run.name if run and run.done else None
         found = [int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.scores")]
         self._ready = {step for step in found if read_step(folder, step, manifest) is not None}
         self._remove(step for step in found if step not in self._ready)
@@ -188,7 +201,7 @@ class ScorerSide:
         Raises UserError where the run wants other scores than this scorer makes.
         """
         run = _read_run(self.folder)
-        if run is None:
+        if run is None or run.name == self._over:
             self.beat()
             return None, False
         different = run.manifest.difference(self.manifest)
@@ -260,7 +273,7 @@ def _path(folder: Path, step: int) -> Path:
 def _read_run(folder: Path) -> RunState | None:
     content = _read_json(folder / "run.json")
     try:
-        return content and RunState(_manifest(content), content["position"], content["done"])
+        return content and RunState(content["name"], _manifest(content), content["position"], content["done"])
     except (KeyError, ValidationError):
         return None
 

@@ -43,6 +43,9 @@ def follow_on(recipe: Recipe, process: Process, stop: Callable[[], bool] = lambd
     assert recipe.reference is not None
     assert recipe.reference.queue is not None
     device, folder = process.device, recipe.queue_folder
+    if from_rank_0(lambda: (Path(recipe.run) / "DONE").exists(), device):
+        _say(process, f"{recipe.run}: the run is done: there is nothing to score")
+        return
     plan = from_rank_0(lambda: make_plan(recipe, device.type), device)
     groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
     sources, tokenizer = open_sources(recipe, plan)

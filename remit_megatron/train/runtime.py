@@ -93,7 +93,7 @@ def start_process(compute: Compute) -> Process:
 
 def _integer(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdigit():
+    if not (text.isdecimal() and text.isascii()):
         raise UserError(f"environment variable {name} = '{text}' is no rank or size")
     return int(text)
 

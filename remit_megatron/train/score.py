@@ -95,11 +95,3 @@ def _say_progress(cache: ScoreCache, todo: list[Block], done: int, elapsed_s: fl
         file=sys.stderr,
         flush=True,
     )
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """ "I/N", counted from 0. Raises UserError."""
-    number, slash, shards = text.partition("/")
-    if not (slash and number.isdigit() and shards.isdigit() and int(number) < int(shards)):
-        raise UserError(f"--shard {text}: write it as I/N with I from 0 to N - 1, for example 0/4")
-    return int(number), int(shards)

@@ -175,7 +175,7 @@ def _whereabouts() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": int(restart) if restart.isdigit() else 0,
+        "restart": int(restart) if restart.isdecimal() else 0,
     }
 
 

@@ -26,7 +26,7 @@ NewRun = Callable[..., Run]
 ONE_RANK = {"parallel": {"tensor": 1}}
 
 
-def test_dry_run(new_run: NewRun) -> None:
+def test_dry_run(new_run: NewRun, tmp_path: Path) -> None:
     """Prints the script and SLURM's opinion of it, and writes nothing."""
     run = new_run()
     said = run.launch("--dry-run")
@@ -36,6 +36,10 @@ def test_dry_run(new_run: NewRun) -> None:
     refused = run.launch("--dry-run", nodes=9, expect=2)
     assert "SLURM would refuse this job" in refused.stderr
     assert refused.stderr.count("\n") == 2, "SLURM's own line and ours"
+    empty = tmp_path / "slurm.conf"
+    empty.touch()
+    unheard = run.launch("--dry-run", variables={"SLURM_CONF": str(empty)}, expect=1)
+    assert unheard.stderr.endswith("out of reach, so it has not judged the job: dry-run on a login node\n")
     assert not run.folder.exists()
 
 

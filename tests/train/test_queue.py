@@ -301,6 +301,19 @@ def test_a_scorer_stays_in_its_window(pair: Pair) -> None:
     assert pair.files == []
 
 
+def test_a_run_that_had_ended_before_is_not_followed(pair: Pair, manifest: QueueManifest) -> None:
+    """A folder may serve one run after the other, with other scores even; the next start has another name."""
+    other = manifest.model_copy(update={"train_steps": 5})
+    for ended in (manifest, other):
+        RunSide(pair.folder, ended, timeout_s=1.0).publish(21, done=True)
+        scorer = pair.scorer()
+        assert scorer.next() == (None, False)
+    pair.run.publish(3)
+    assert pair.score(scorer) == 3
+    pair.run.publish(21, done=True)
+    assert scorer.next() == (None, True)
+
+
 def test_a_run_that_starts_again_earlier(pair: Pair) -> None:
     scorer = pair.scorer()
     pair.run.publish(10)
