@@ -52,6 +52,8 @@ class ModelShape(BaseModel):
     qkv_bias: bool = False
     no_rope_layers: tuple[int, ...] = ()
     """Layers without positions, counted from 0."""
+    rope_llama3_factor: float | None = None
+    """Set: long wavelengths of the rotary embedding are stretched by it, as in Llama 3.1 and later."""
     latent: Latent | None = None
     """Set: latent attention; `num_query_groups` is the number of heads and `kv_channels` the width of a query."""
 

@@ -134,22 +134,31 @@ class Fields:
             )
 
 
-def rope_theta(fields: Fields) -> float:
-    """The base of the rotary embedding, from `rope_parameters` (transformers 5), `rope_theta` (4), or both.
+LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+"""Of every published Llama 3; Megatron-Core has them as constants."""
 
-    Raises UserError when they disagree, or when positions are scaled.
+
+def rope(fields: Fields) -> tuple[float, float | None]:
+    """The base of the rotary embedding, and the factor of Llama 3's scaling where it has that.
+
+    From `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4), or both. Raises UserError when they
+    disagree, or when positions are scaled in another way.
     """
     parameters = fields.take("rope_parameters", None) or {}
     scaling = fields.take("rope_scaling", None) or {}
     old = fields.take("rope_theta", None)
-    for block in (parameters, scaling):
+    factors = []
+    for block in filter(None, (parameters, scaling)):
         kind = block.get("rope_type", block.get("type", "default"))
         # At a factor of 1 YaRN's frequencies and scale are those of the plain embedding.
         identity = kind == "yarn" and block.get("factor") == 1.0 and block.get("attention_factor") in (None, 1.0)
-        if kind != "default" and not identity:
+        factors.append(_llama3_factor(block, fields.where) if kind == "llama3" else None)
+        if kind not in ("default", "llama3") and not identity:
             raise UserError(f"{fields.where}: RoPE scaling '{kind}' is not supported")
         if block.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError(f"{fields.where}: partial rotary embeddings are not supported")
+    if len(set(factors)) > 1:
+        raise UserError(f"{fields.where}: rope_parameters and rope_scaling disagree: correct one of them")
     new = parameters.get("rope_theta")
     if new is not None and old is not None and float(new) != float(old):
         raise UserError(
@@ -160,14 +169,28 @@ def rope_theta(fields: Fields) -> float:
         raise UserError(f"{fields.where}: missing key rope_theta (or rope_parameters.rope_theta)")
     if type(theta) not in (int, float) or not theta > 0:
         raise UserError(f"{fields.where}: rope_theta = {json.dumps(theta)} is no positive number")
-    return float(theta)
+    return float(theta), factors[0] if factors else None
+
+
+def _llama3_factor(block: dict[str, Any], where: str) -> float:
+    for key, wanted in LLAMA3.items():
+        if block.get(key) != wanted:
+            raise UserError(
+                f"{where}: RoPE scaling 'llama3' with {key} = {json.dumps(block.get(key))} is not supported"
+            )
+    factor = block.get("factor")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
+        raise UserError(f"{where}: RoPE scaling 'llama3' with factor = {json.dumps(factor)} is not supported")
+    return float(factor)
 
 
 def with_both_rope_keys(config: dict[str, Any], theta: float) -> dict[str, Any]:
     """A copy of a config that transformers 4 and 5 read alike: each knows one spelling and ignores the other."""
     block = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     block["rope_type"] = block.pop("type", None) or block.get("rope_type", "default")
-    return {**config, "rope_theta": theta, "rope_parameters": {**block, "rope_theta": theta}}
+    scaling = {k: v for k, v in block.items() if k != "rope_theta"} if block["rope_type"] != "default" else None
+    both = {**config, "rope_theta": theta, "rope_parameters": {**block, "rope_theta": theta}}
+    return {"rope_scaling": scaling, **both} if scaling else both
 
 
 def read_json(path: Path) -> dict[str, Any]:

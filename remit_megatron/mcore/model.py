@@ -168,6 +168,8 @@ def _build_chunk(
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="none" if shape.latent else "rope",
         rotary_base=shape.rope_theta,
+        rope_scaling=shape.rope_llama3_factor is not None,
+        rope_scaling_factor=shape.rope_llama3_factor or 1.0,
         valid_vocab=shape.vocab_size,
         scorer=scorer,
         head_chunk_tokens=build.head_chunk_tokens,

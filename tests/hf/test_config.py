@@ -31,6 +31,16 @@ YOUTU = {
 QWEN3 = {**LLAMA, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12}
 
 
+# Of Llama-3.2-1B, 3B; the 3.1 and 3.3 models have a factor of 8.
+LLAMA3 = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
 @pytest.mark.parametrize("name", list(tiny.CASES))
 def test_reads_what_transformers_writes(name: str) -> None:
     """A round trip through transformers' own config; its parameter count is the independent side."""
@@ -38,7 +48,8 @@ def test_reads_what_transformers_writes(name: str) -> None:
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     shape = read_shape(config, "config.json")
     assert shape.num_parameters() == sum(p.numel() for p in model.parameters())
-    assert shape.rope_theta == (900.0 if "yarn" in name else 700.0)
+    assert shape.rope_theta == {"llama scaled": 200000.0, "youtu untied yarn 1": 900.0}.get(name, 700.0)
+    assert shape.rope_llama3_factor == (32.0 if name == "llama scaled" else None)
     assert ModelShape(**shape.model_dump()) == shape
     names = [theirs for parts in tensor_names(shape).values() for theirs in parts]
     assert sorted(names) == sorted(dict(model.named_parameters()))
@@ -150,6 +161,14 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         | {"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_scaling": None}
         | {"tie_word_embeddings": False, "attention_bias": False, "max_position_embeddings": 4096},
     ),
+    "Llama-3.2-1B": (
+        1_235_814_400,
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 2048}
+        | {"intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"head_dim": 64, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "rope_scaling": LLAMA3, "mlp_bias": False}
+        | {"pretraining_tp": 1, "tie_word_embeddings": True, "attention_bias": False, "hidden_act": "silu"}
+        | {"max_position_embeddings": 131072},
+    ),
 }
 
 
@@ -171,7 +190,21 @@ REFUSED = {
     "attention_bias = true": {**LLAMA, "attention_bias": True},
     "mlp_bias = true": {**LLAMA, "mlp_bias": True},
     'hidden_act = "gelu"': {**LLAMA, "hidden_act": "gelu"},
-    "RoPE scaling 'llama3'": {**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    "RoPE scaling 'llama3' with low_freq_factor = null": {
+        **LLAMA,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+    },
+    "RoPE scaling 'llama3' with original_max_position_embeddings = 4096": {
+        **LLAMA,
+        "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096},
+    },
+    "RoPE scaling 'llama3' with factor = \"8\"": {**LLAMA, "rope_scaling": {**LLAMA3, "factor": "8"}},
+    "rope_parameters and rope_scaling disagree": {
+        **LLAMA,
+        "rope_scaling": LLAMA3,
+        "rope_parameters": {**LLAMA3, "factor": 8.0, "rope_theta": 700.0},
+    },
+    "RoPE scaling 'llama3' in latent attention": {**YOUTU, "rope_scaling": LLAMA3},
     "RoPE scaling 'yarn'": {**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
     "RoPE scaling 'linear'": {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1.0}},
     "disagree": {**LLAMA, "rope_parameters": {"rope_theta": 701.0}},
@@ -214,6 +247,8 @@ def test_both_rope_keys() -> None:
     both = with_both_rope_keys(old, 5.0)
     assert both["rope_parameters"] == {"rope_type": "yarn", "factor": 1.0, "rope_theta": 5.0}
     assert both["rope_scaling"] == old["rope_scaling"]
+    stretched = with_both_rope_keys({"rope_parameters": {**LLAMA3, "rope_theta": 1.0}}, 5.0)
+    assert stretched == {"rope_theta": 5.0, "rope_parameters": {**LLAMA3, "rope_theta": 5.0}, "rope_scaling": LLAMA3}
 
 
 def test_every_family_has_a_tiny_model() -> None:

@@ -55,6 +55,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 10, "tie_word_embeddings": True},
     ),
+    # Half of its pairs turn in 2,048 to 8,192 tokens or more slowly.
+    "llama scaled": (
+        "Llama",
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 200000.0,
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+    ),
     "qwen2": ("Qwen2", {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", WIDE),
     "qwen3 tied": (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from remit_megatron.errors import UserError
-from remit_megatron.hf.config import Fields, rope_theta
+from remit_megatron.hf.config import Fields, rope
 from remit_megatron.shape import ModelShape
 
 Names = dict[str, tuple[str, ...]]
@@ -69,6 +69,7 @@ def decoder_fields(config: Fields, *, tied_default: bool = False, head_width: in
         )
     if head_width is None and config.values.get("head_dim") is None and hidden % heads:
         raise UserError(f"{config.where}: hidden_size = {hidden} does not divide by num_attention_heads = {heads}")
+    theta, llama3_factor = rope(config)
     return {
         "num_layers": config.size("num_hidden_layers"),
         "hidden_size": hidden,
@@ -78,6 +79,7 @@ def decoder_fields(config: Fields, *, tied_default: bool = False, head_width: in
         "kv_channels": head_width or config.size("head_dim", hidden // heads),
         "vocab_size": config.size("vocab_size"),
         "tied_embeddings": config.flag("tie_word_embeddings", tied_default),
-        "rope_theta": rope_theta(config),
+        "rope_theta": theta,
+        "rope_llama3_factor": llama3_factor,
         "norm_epsilon": config.number("rms_norm_eps"),
     }

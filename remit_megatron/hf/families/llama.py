@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what shares their architecture."""
+"""Llama 2 and 3, to 3.3 in text, and what shares their architecture."""
 
 from remit_megatron.hf.config import Fields
 from remit_megatron.hf.families.base import ATTENTION, MLP, PRE_NORMS, Family, decoder_fields

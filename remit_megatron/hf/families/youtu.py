@@ -20,6 +20,8 @@ def read(config: Fields) -> ModelShape:
     config.expect("qk_head_dim", width, "a query of another width than qk_nope_head_dim + qk_rope_head_dim")
     config.expect("head_dim", latent.qk_rope_head_dim, "a rotary width other than qk_rope_head_dim")
     fields = decoder_fields(config, tied_default=True, head_width=width)
+    if fields["rope_llama3_factor"]:
+        raise UserError(f"{config.where}: RoPE scaling 'llama3' in latent attention is not supported")
     if fields["num_query_groups"] != fields["num_attention_heads"]:
         raise UserError(f"{config.where}: num_key_value_heads must equal num_attention_heads in latent attention")
     return ModelShape(family="youtu", latent=latent, **fields)
