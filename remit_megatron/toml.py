@@ -79,7 +79,7 @@ def dumps(settings: dict[str, Any], path: tuple[str, ...] = ()) -> str:
     """A document that tomllib reads back to equal settings; None has no place in it. path: of the section itself."""
     lines = [f"\n[{'.'.join(map(_dump_key, path))}]"] if path else []
     lines += [f"{_dump_key(k)} = {dump_value(v)}" for k, v in settings.items() if not isinstance(v, dict)]
-    children = [dumps(v, (*path, k)) for k, v in settings.items() if isinstance(v, dict) and v]
+    children = [dumps(v, (*path, k)) for k, v in settings.items() if isinstance(v, dict)]
     return "\n".join(lines + [child.rstrip("\n") for child in children]) + "\n"
 
 

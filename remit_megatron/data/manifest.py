@@ -330,8 +330,8 @@ def _check_tokenizer(info: DatasetInfo, wanted: str | None) -> DatasetInfo:
         return info
     if info.tokenizer_hash is not None:
         raise UserError(
-            f"{manifest_path(info.prefix)}: made with the tokenizer {info.tokenizer_hash[:12]}, but the recipe's is "
-            f"{wanted[:12]}: tokenize the text again, or correct data.tokenizer"
+            f"{manifest_path(info.prefix)}: made with the tokenizer {info.tokenizer_hash[:12]}, not with the one "
+            f"named, {wanted[:12]}: tokenize the text again, or name the tokenizer that made it"
         )
     unknown = f"{info.prefix}: nothing says which tokenizer made it, so data.tokenizer could not be compared"
     return replace(info, warnings=(*info.warnings, unknown))

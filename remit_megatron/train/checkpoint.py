@@ -158,7 +158,10 @@ def resolve_checkpoint(path: str, key: str) -> Path:
             return latest
         raise UserError(f"{key} = '{path}': the run has no complete checkpoint yet")
     what = "is no checkpoint or run folder" if folder.exists() else "does not exist"
-    raise UserError(f"{key} = '{path}' {what}: name a folder with meta.json, or a run folder")
+    raise UserError(
+        f"{key} = '{path}' {what}: name a checkpoint (a folder with meta.json), a run folder, or a Hugging Face folder "
+        "(with config.json)"
+    )
 
 
 def write_meta(folder: Path, meta: Meta) -> None:

@@ -302,8 +302,9 @@ class Trainer:
         batches = data.microbatches
         self.forward_step.step = step
         loaded = scored = self._now()
+        reference_ran = False
         if self.objective.needs_reference:
-            self._score(step, batches)
+            reference_ran = self._score(step, batches)
             scored = self._now()
         for chunk in self.chunks:
             chunk.train()
@@ -323,21 +324,26 @@ class Trainer:
         )
         line = {"step": step, "tokens": tokens, **read(ratios), "grad_norm": grad_norm, "lr": lr}
         line["skipped"] = int(not updated)
-        line.update(self._timing(elapsed, scored - loaded), data_ms=data.wait_ms)
+        line.update(self._timing(elapsed, scored - loaded, reference_ran), data_ms=data.wait_ms)
         return line, bool(stop)
 
-    def _score(self, step: int, batches: list[dict[str, torch.Tensor]]) -> None:
-        """The reference's scores, from the cache that this run fills or from a scorer where these have them."""
+    def _score(self, step: int, batches: list[dict[str, torch.Tensor]]) -> bool:
+        """The reference's scores, from the cache that this run fills or from a scorer where these have them.
+
+        Returns whether the reference had to run here.
+        """
         if self.write_through and self.write_through.read(step, batches):
             if self.queue:
                 self.queue.skip(step)
-            return
-        if not (self.queue and self.queue.read(step, batches)):
+            return False
+        online = not (self.queue and self.queue.read(step, batches))
+        if online:
             self.forward_step.score(batches)
         if self.write_through:
             self.write_through.write(step, batches)
+        return online and self.scores is None
 
-    def _timing(self, elapsed_s: float, score_s: float) -> dict[str, float]:
+    def _timing(self, elapsed_s: float, score_s: float, reference_ran: bool) -> dict[str, float]:
         tokens_per_s = self.recipe.batch.global_batch_tokens / elapsed_s
         timing = {"step_ms": elapsed_s * 1e3, "tokens_per_s": tokens_per_s}
         if self.objective.needs_reference:
@@ -346,11 +352,9 @@ class Trainer:
             timing |= {"wait_ms": self.queue.wait_ms, "scored_online": int(self.queue.online)}
         peak = flops.peak_flops(self.process.device)
         if peak:
-            per_token = flops.training_flops_per_token(
-                self.plan.shape,
-                None if self.scores or (self.queue and not self.queue.online) else self.plan.reference_shape,
-                self.recipe.data.sequence_length,
-            )
+            reference = self.plan.reference_shape if reference_ran else None
+            length = self.recipe.data.sequence_length
+            per_token = flops.training_flops_per_token(self.plan.shape, reference, length)
             timing["mfu"] = tokens_per_s * per_token / (peak * self.process.world_size)
         return timing
 

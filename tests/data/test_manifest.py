@@ -200,7 +200,7 @@ def test_negative_ids(tmp_path: Path) -> None:
 def test_foreign_tokenizer(dataset: str, foreign: str) -> None:
     write_dataset(dataset, random_documents(0), vocab_size=VOCAB, eod_id=0, tokenizer_hash="aa")
     for check in (lambda: quick_verify(dataset, tokenizer_hash="bb"),):
-        with pytest.raises(UserError, match="made with the tokenizer aa, but the recipe's is bb"):
+        with pytest.raises(UserError, match="made with the tokenizer aa, not with the one named, bb"):
             check()
     manifest_path(foreign).unlink()
     assert "nothing says which tokenizer made it" in quick_verify(foreign, tokenizer_hash="bb").warnings[-1]

@@ -95,7 +95,7 @@ def _cases(folder: Path) -> list[Case]:
         ("flipped length", b, [flipped["length"]], "length.idx: damaged"),
         ("flipped pointer", b, [flipped["pointer"]], "pointer.idx: damaged"),
         ("manifest of other data", b, [exchanged], "the files do not belong together"),
-        ("foreign tokenizer", b, foreign, "made with the tokenizer abababababab, but the recipe's is"),
+        ("foreign tokenizer", b, foreign, "made with the tokenizer abababababab, not with the one named, "),
         ("empty .idx", b, [empty], "empty.idx"),
         ("id past the vocabulary", b, ["model.vocab_size=40"], "vocab"),
         ("heads", b, ["parallel.tensor=3", "model.num_query_groups=4"], "does not divide by parallel.tensor"),
