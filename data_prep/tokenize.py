@@ -34,7 +34,7 @@ from data_prep.progress import Meter
 from data_prep.readers import read_task
 from data_prep.worker import PART_BYTES, Encoder, Job, Progress, run_task, worker_main
 from data_prep.writer import check_prefix
-from remit_megatron.data.files import write_atomically, writing
+from remit_megatron.data.files import make_folder, write_atomically, writing
 from remit_megatron.data.indexed import dtype_for, idx_path
 from remit_megatron.data.manifest import Manifest
 from remit_megatron.errors import RunError, StopRequested, UserError
@@ -306,8 +306,9 @@ def _manifest_identity(settings: TokenizeSettings, plan: Plan) -> dict[str, Any]
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Create the work folder and keep a second run out of it for as long as this one lives."""
+    make_folder(folder.parent, "--output")
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         file = open(folder / LOCK, "w")  # noqa: SIM115 - closed below
     try:
         try:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from remit_megatron.data.files import close_quietly, fsync_folder, writing
+from remit_megatron.data.files import close_quietly, fsync_folder, make_folder, writing
 from remit_megatron.data.indexed import bin_path, dtype_for, header, idx_path
 from remit_megatron.data.manifest import BLOCK_BYTES, Manifest, manifest_path, tool_name
 from remit_megatron.errors import UserError
@@ -69,8 +69,8 @@ class DatasetWriter:
         self.hasher = BlockHasher()
         self.bin_part = Path(f"{prefix}.bin.part")
         self.len_part = Path(f"{prefix}.len.part")
+        make_folder(self.bin_part.parent, "--output")
         with writing(self.bin_part):
-            self.bin_part.parent.mkdir(parents=True, exist_ok=True)
             self._bin: IO[bytes] = open(self.bin_part, "wb")  # noqa: SIM115 - closed by commit or abandon
             self._len: IO[bytes] = open(self.len_part, "wb")  # noqa: SIM115
 

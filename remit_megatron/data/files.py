@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from remit_megatron.errors import RunError
+from remit_megatron.errors import RunError, UserError
 
 
 def sync_file(path: Path) -> None:
@@ -56,6 +56,25 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}{_remedy(error)}") from error
+
+
+def make_folder(folder: Path, key: str) -> None:
+    """Create a folder that a user has named, before work is put into it; `key` is what named it.
+
+    Raises UserError where that place is no folder or not this user's to write to, RunError for a disk that fails.
+    """
+    check_place(folder, key)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_place(folder: Path, key: str) -> None:
+    """That a folder is there or can be made, without making it. Raises UserError where not, as `make_folder`."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"{key}: {folder} cannot be written to: {there} is no folder: name another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {folder} cannot be written to: {there} is not yours to write to: name another one")
 
 
 def _remedy(error: OSError) -> str:

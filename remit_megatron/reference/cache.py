@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from remit_megatron.data.files import write_atomically, writing
+from remit_megatron.data.files import make_folder, write_atomically, writing
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.ops.score_steps import LARGEST, STEPS_PER_NAT
 
@@ -144,8 +144,7 @@ class ScoreCache:
     @staticmethod
     def begin(folder: Path, manifest: CacheManifest, key: str) -> "ScoreCache":
         """Open for writing: make the folder, or go on with it. Raises UserError where it holds other scores."""
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, key)
         with locked(folder / ".lock"):
             if (folder / "manifest.json").exists():
                 found = CacheManifest.read(folder, key)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from remit_megatron.config import Recipe
+from remit_megatron.data.files import check_place
 from remit_megatron.data.loader import check_loader
 from remit_megatron.data.manifest import quick_verify
 from remit_megatron.mcore.datasets import end_of_document
@@ -28,6 +29,10 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> str:
     check_loggers(recipe)
     check_loader(recipe.data.loader)
     check_implementation(recipe.model.implementation)
+    if recipe.reference and recipe.reference.write_scores:
+        check_place(Path(recipe.reference.write_scores), "reference.write_scores")
+    if recipe.reference and recipe.reference.queue and recipe.reference.queue.folder:
+        check_place(recipe.queue_folder, "reference.queue.folder")
     plan = make_plan(recipe, resolve_device(recipe.compute.device))
     p = recipe.parallel
     ranks = ranks or p.tensor * p.pipeline * p.context

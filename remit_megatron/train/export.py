@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from remit_megatron.config import Recipe
-from remit_megatron.data.files import write_atomically, writing
+from remit_megatron.data.files import make_folder, write_atomically, writing
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.datasets import SourceSamples, TrainingData
 from remit_megatron.mcore.platform import resolve_device
@@ -32,8 +32,7 @@ def export_scores(recipe: Recipe, scores: str | None, folder: str) -> list[Path]
         raise UserError(f"remit score --export: two sources have one name ({', '.join(names)}): export them apart")
     manifest = cache_manifest(recipe, plan, data, tokenizer)
     cache = ScoreCache.open(Path(scores or recipe.reference.scores or ""), manifest, "--export")
-    with writing(Path(folder)):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(folder), "remit score --export")
     written = []
     for number, (name, source, count) in enumerate(zip(names, sources, data.order.needed(), strict=True)):
         path = Path(folder) / f"{name}.npy"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Recipe
-from remit_megatron.data.files import writing
+from remit_megatron.data.files import make_folder
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.datasets import TrainingData
 from remit_megatron.mcore.groups import initialize_groups
@@ -65,8 +65,7 @@ def follow_on(recipe: Recipe, process: Process, stop: Callable[[], bool] = lambd
 
 
 def _lock(folder: Path, held: contextlib.ExitStack) -> None:
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, KEY)
     held.enter_context(locked(folder / ".scorer.lock", busy=f"{KEY}: another scorer follows the run of {folder}"))
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Recipe
+from remit_megatron.data.files import make_folder
 from remit_megatron.errors import RunError
 from remit_megatron.mcore.datasets import TrainingData
 from remit_megatron.mcore.groups import Groups
@@ -57,6 +58,7 @@ class QueuedScores:
         self.online = False
         """Whether the last step had to be scored online."""
         self._say = say
+        from_rank_0(lambda: make_folder(recipe.queue_folder, KEY), device)
         self._side = RunSide(recipe.queue_folder, queue_manifest(recipe, manifest), self.settings.timeout_s)
         self._found: torch.Tensor | None = None
         self._waited = False

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_prep import writer
 from data_prep.writer import BlockHasher, DatasetWriter, write_dataset
 from remit_megatron.data.manifest import Manifest, quick_verify
-from remit_megatron.errors import RunError, UserError
+from remit_megatron.errors import UserError
 from tests.data_prep.conftest import megatron_files, our_files
 
 
@@ -70,7 +70,9 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be written"):
+    with pytest.raises(
+        UserError, match=r"--output: .*file cannot be written to: .*file is no folder: name another one"
+    ):
         write_dataset(tmp_path / "file" / "a", [[1]], vocab_size=9, append_eod=False)
 
 

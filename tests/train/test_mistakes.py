@@ -119,6 +119,7 @@ def _cases(folder: Path) -> list[Case]:
         ("merged scoring", g, ["reference.merge_microbatches=3"], "reference.merge_microbatches = 3 does not fit"),
         ("graph without CUDA", g, ["reference.cuda_graph=true"], "cuda_graph = true needs compute.device = 'cuda'"),
         ("run folder below a file", b, [f'run="{base}/run"'], "cannot be used"),
+        ("scores below a file", g, [f'reference.write_scores="{base}/s"'], "reference.write_scores: "),
         *_absent(b),
     ]
 

@@ -145,8 +145,11 @@ def test_queued_is_online_in_any_layout(folder: Path) -> None:
 
     words = ("the reference's weights", "data.sequence_length", "data.eod_mask_loss", "the samples a step")
     one_rank = remit(folder, "online one rank", **SHORT, **record)
-    (folder / "queued alone" / "DONE").unlink()  # nobody scores for a run that is over
-    refused, trained = run_ranks(1, follow_and_train, [(alone, one) for one in wrong], [one_rank])[0]
+    over = (runs["dp2"], wrong[0] | {"run": runs["dp2"]["run"]})
+    (folder / "queued alone" / "DONE").unlink()
+    jobs = [over, *((alone, one) for one in wrong)]
+    (of_a_run_that_is_over, *refused), trained = run_ranks(1, follow_and_train, jobs, [one_rank])[0]
+    assert of_a_run_that_is_over == nothing, "there is nothing to score, and so nothing to refuse"
     assert trained == [nothing]
     check_records(folder, ["queued dp2", *(f"queued {name}" for name in ("tp2", "cp2", "pp2"))])
     for word, (code, message) in zip(words, refused, strict=True):
