@@ -69,6 +69,14 @@ def base_of_podman(rootfs: Path, store: Path, name: str) -> None:
     archive.unlink()
 
 
+def test_hadolint_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed: its package has no wheel for this machine")
+    done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout
+
+
 @pytest.mark.image
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
 def test_the_smoke_runs_in_an_image_made_here(tmp_path: Path) -> None:
