@@ -9,10 +9,8 @@ import torch
 from remit_megatron.errors import UserError
 from remit_megatron.hf import layout
 from remit_megatron.hf.families import tensor_names
-from remit_megatron.hf.folder import HFFolder
+from remit_megatron.hf.folder import HFFolder, check_names
 from remit_megatron.shape import ModelShape
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +44,8 @@ def places(model: Any, shape: ModelShape) -> dict[str, Place]:
 
 
 def check_tensors(folder: HFFolder, wanted: dict[str, Place], shape: ModelShape) -> None:
-    """Raise UserError unless the folder holds exactly the wanted tensors, in the wanted shapes.
-
-    A tied head that is stored all the same must equal the embedding.
-    """
-    names = set(folder.tensors)
-    if shape.tied_embeddings and HEAD in names and EMBEDDING in names:
-        if not folder.equal(HEAD, EMBEDDING):
-            raise UserError(
-                f"{folder.path}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}: set "
-                "tie_word_embeddings = false if the model was trained with a head of its own"
-            )
-        names.remove(HEAD)
-    missing, unexpected = wanted.keys() - names, names - wanted.keys()
-    if missing == {HEAD}:
-        raise UserError(f"{folder.path}: {HEAD} is missing, and config.json does not tie the embeddings")
-    if missing or unexpected:
-        raise UserError(
-            f"{folder.path}: {len(missing)} tensors are missing ({_some(missing)}) and {len(unexpected)} are unknown "
-            f"({_some(unexpected)})"
-        )
+    """Raise UserError unless the folder holds exactly the wanted tensors, in the wanted shapes."""
+    names = check_names(folder, wanted.keys(), tied=shape.tied_embeddings)
     for name in sorted(names):
         if folder.tensors[name].shape != wanted[name].shape:
             raise UserError(
@@ -85,8 +65,3 @@ def fill(wanted: dict[str, Place], folder: HFFolder) -> Iterator[int]:
         done += tensor.nbytes
         yield done
     assert not left, f"never written: {sorted(left)}"
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "") if shown else "none"

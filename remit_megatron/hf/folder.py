@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from remit_megatron.hf.config import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 COMPUTED = ".rotary_emb.inv_freq"
 """A table that the config determines. Llama checkpoints of old hold it, and transformers drops it when it loads one."""
@@ -85,7 +86,7 @@ class HFFolder:
             raise UserError(f"{self.path / INDEX}: lists {_some(absent)}, which the shards named there do not hold")
         unlisted = self.tensors.keys() - places.keys()
         if unlisted:
-            raise UserError(f"{self.path / INDEX}: leaves out {_some(sorted(unlisted))}, which the shards hold")
+            raise UserError(f"{self.path / INDEX}: leaves out {_some(unlisted)}, which the shards hold")
 
     def dtypes(self) -> set[torch.dtype]:
         return {stored.dtype for stored in self.tensors.values()}
@@ -123,6 +124,30 @@ class HFFolder:
             with (self.path / name).open("rb") as stream:
                 total.update(name.encode() + hashlib.file_digest(stream, "sha256").digest())
         return total.hexdigest()[:16]
+
+
+def check_names(folder: HFFolder, wanted: Set[str], *, tied: bool) -> set[str]:
+    """The names of the tensors to read. Raises UserError unless the folder holds exactly the wanted ones.
+
+    A tied head that is stored all the same must equal the embedding, and is not read.
+    """
+    names = set(folder.tensors)
+    if tied and HEAD in names and EMBEDDING in names:
+        if not folder.equal(HEAD, EMBEDDING):
+            raise UserError(
+                f"{folder.path}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}: set "
+                "tie_word_embeddings = false if the model was trained with a head of its own"
+            )
+        names.remove(HEAD)
+    missing, unexpected = wanted - names, names - wanted
+    if missing == {HEAD}:
+        raise UserError(f"{folder.path}: {HEAD} is missing, and config.json does not tie the embeddings")
+    if missing or unexpected:
+        raise UserError(
+            f"{folder.path}: {len(missing)} tensors are missing ({_some(missing)}) and {len(unexpected)} are unknown "
+            f"({_some(unexpected)})"
+        )
+    return names
 
 
 def choose_dtype(folder: HFFolder, asked: torch.dtype | None) -> torch.dtype:
@@ -202,5 +227,6 @@ def write_tensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:3]) or "none"
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

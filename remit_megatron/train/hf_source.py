@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.hf import tokenizer
-from remit_megatron.hf.families import read_shape
-from remit_megatron.hf.folder import HFFolder, choose_dtype
+from remit_megatron.hf.families import read_shape, tensor_names
+from remit_megatron.hf.folder import HFFolder, check_names, choose_dtype
 from remit_megatron.train.checkpoint import Meta
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -29,6 +29,8 @@ def plan_conversion(source: str, run: str) -> tuple[Path, Meta]:
     """
     folder = HFFolder(Path(source))
     shape = read_shape(folder.config, folder.path / "config.json")
+    theirs = {name for names in tensor_names(shape).values() for name in names}
+    check_names(folder, theirs, tied=shape.tied_embeddings)
     choose_dtype(folder, None)
     key = folder.content_key()
     return Path(run).parent / ".converted" / key, Meta(shape=shape.model_dump(), origin=origin(folder, key))

@@ -7,12 +7,17 @@ the samples: its models are transformers', its loss Equations 3 to 6, its optimi
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from remit_megatron.config import parse_recipe
+from remit_megatron.errors import UserError
+from remit_megatron.train.check import check_recipe
 from tests.hf import tiny
 from tests.ranks import run_ranks
 from tests.train import runs
@@ -53,7 +58,6 @@ def train(rank: int, folder: str) -> dict[str, list[dict[str, torch.Tensor]]]:
     """Train every recipe; returns the samples of every step by family."""
     import torch.distributed as dist
 
-    from remit_megatron.config import parse_recipe
     from remit_megatron.mcore import datasets
     from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
@@ -160,3 +164,17 @@ def test_converted_once(root: Path, samples: dict[str, Any]) -> None:
     assert len(cached) == 2
     sources = {json.loads((folder / "meta.json").read_text())["origin"]["source"] for folder in cached}
     assert sources == {str(root / "hf" / f"{DIRECT} {role}") for role in ("student", "reference")}
+
+
+def test_an_incomplete_folder_is_seen_by_check(root: Path, tmp_path: Path) -> None:
+    """Before a job starts, not when it converts."""
+    settings = recipe(root, DIRECT)
+    torn = tmp_path / "torn"
+    shutil.copytree(settings["reference"]["path"], torn)
+    tensors = {k: v for shard in torn.glob("*.safetensors") for k, v in load_file(shard).items() if ".k_proj" not in k}
+    for path in torn.glob("*safetensors*"):
+        path.unlink()
+    save_file(tensors, torn / "model.safetensors")
+    settings["reference"]["path"] = str(torn)
+    with pytest.raises(UserError, match=r"torn: 6 tensors are missing \(model.layers.0.self_attn.k_proj.weight"):
+        check_recipe(parse_recipe(settings | {"run": str(tmp_path / "new")}))
