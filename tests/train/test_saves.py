@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,32 @@ def fill_then_train(rank: int, recipe: dict[str, Any], filler: Path) -> tuple[in
 
     Trainer.run = run  # type: ignore[method-assign]
     return train_all(rank, [recipe])[0]
+
+
+WRITER = """
+import os, time
+from remit_megatron.mcore.platform import activate
+activate("cpu")
+from remit_megatron.mcore.dist_checkpoint import BackgroundSave
+BackgroundSave()
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_writer_outlives_its_rank() -> None:
+    """A rank that is killed takes the process with it that writes its checkpoint in the background."""
+    rank = subprocess.Popen([sys.executable, "-W", "ignore", "-c", WRITER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert rank.stdout is not None
+        writer = int(rank.stdout.readline())
+        status = Path(f"/proc/{writer}/stat")
+        assert status.exists()
+    finally:
+        rank.kill()
+        rank.wait()
+    deadline = time.monotonic() + 20
+    while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the writer goes on without its rank"
+        time.sleep(0.05)
