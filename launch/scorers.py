@@ -1,5 +1,6 @@
 """`remit train --nproc N --scorers M`: a run and its scorer on one machine, as two groups of ranks."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -39,9 +40,14 @@ def run_with_scorers(recipe: Recipe, both: list[str], train: list[str], nproc: i
         start_new_session=True,  # Ctrl-C is for the run, which still needs scores for the step that it finishes
         preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )
+    code = None
     try:
-        return run_local([*remit, "train", *both, *train], nproc)
+        code = run_local([*remit, "train", *both, *train], nproc)
+        return code
     finally:
+        if code == 0:  # it then hears that the run is done
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                scorer.wait(GRACE_S)
         scorer.send_signal(signal.SIGTERM)
         try:
             scorer.wait(GRACE_S)

@@ -43,7 +43,7 @@ def follow_on(recipe: Recipe, process: Process, stop: Callable[[], bool] = lambd
     assert recipe.reference is not None
     assert recipe.reference.queue is not None
     device, folder = process.device, recipe.queue_folder
-    if from_rank_0(lambda: (Path(recipe.run) / "DONE").exists(), device):
+    if from_rank_0(lambda: _is_over(recipe), device):
         _say(process, f"{recipe.run}: the run is done: there is nothing to score")
         return
     plan = from_rank_0(lambda: make_plan(recipe, device.type), device)
@@ -76,7 +76,7 @@ def _follow(scorer: Scorer, side: ScorerSide, process: Process, stop: Callable[[
     writes, started = groups.counts_loss and groups.dp_cp.rank() == 0, None
     _say(process, f"{side.folder}: scores for {recipe.run} when it comes")
     while True:
-        step, done = from_rank_0(lambda: (None, True) if stop() else side.next(), process.device)
+        step, done = from_rank_0(lambda: (None, True) if stop() else _next(side, recipe), process.device)
         if done:
             _say(process, f"{side.folder}: the scorer ends: " + ("it was asked to" if stop() else "the run is done"))
             return
@@ -93,6 +93,16 @@ def _follow(scorer: Scorer, side: ScorerSide, process: Process, stop: Callable[[
         dist.barrier()
         if process.rank == 0:
             side.announce(step)
+
+
+def _next(side: ScorerSide, recipe: Recipe) -> tuple[int | None, bool]:
+    """`side.next()`; done as well where the run has ended while this scorer started."""
+    step, done = side.next()
+    return step, done or (step is None and _is_over(recipe))
+
+
+def _is_over(recipe: Recipe) -> bool:
+    return (Path(recipe.run) / "DONE").exists()
 
 
 def _score(scorer: Scorer, samples: list[SampleNumber], side: ScorerSide, process: Process) -> torch.Tensor:
