@@ -123,9 +123,13 @@ def _document_means(values: np.ndarray, indexed: IndexedTokens) -> np.ndarray:
         part = values[first : first + int(ends[-1])].astype(np.float64)
         scored = ~np.isnan(part)
         offsets = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        there = ends > offsets  # an empty document has no score; reduceat would give it its neighbour's
+        chunk = np.full(len(ends), np.nan)
         with np.errstate(invalid="ignore"):
-            sums = np.add.reduceat(np.where(scored, part, 0.0), offsets)
-            means[start : start + len(ends)] = sums / np.add.reduceat(scored.astype(np.int64), offsets)
+            sums = np.add.reduceat(np.where(scored, part, 0.0), offsets[there]) if there.any() else np.empty(0)
+            counts = np.add.reduceat(scored.astype(np.int64), offsets[there]) if there.any() else np.empty(0)
+            chunk[there] = sums / counts
+        means[start : start + len(ends)] = chunk
     return means
 
 

@@ -365,6 +365,11 @@ class Recipe(Section):
             raise UserError(
                 "reference.scores and reference.queue: give one of them, scores made ahead or beside the run"
             )
+        if reference.queue and 0 < self.watchdog.step_timeout_s <= reference.queue.timeout_s:
+            raise UserError(
+                f"reference.queue.timeout_s = {reference.queue.timeout_s:g} is not under watchdog.step_timeout_s = "
+                f"{self.watchdog.step_timeout_s:g}: a step that waits for a scorer would be taken for a hang"
+            )
         if getattr(objective, "needs_reference_hidden", False):
             key = "scores" if reference.scores else "write_scores" if reference.write_scores else "queue"
             raise UserError(

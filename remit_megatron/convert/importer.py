@@ -45,7 +45,7 @@ def import_folder(source: Path, target: Path, dtype: torch.dtype | None = None, 
             meta = Meta(
                 shape=shape.model_dump(),
                 precision="bf16" if dtype is torch.bfloat16 else "fp32",
-                origin=origin(folder, folder.content_key()),
+                origin=origin(folder, folder.content_key(), dtype),
             )
             write_meta(partial, meta)
             partial.chmod(0o755)

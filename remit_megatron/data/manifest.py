@@ -287,7 +287,8 @@ def _largest(indexed: IndexedTokens, tokens: np.ndarray, start: int) -> int:
 def _info_without_manifest(indexed: IndexedTokens) -> DatasetInfo:
     warnings = [
         f"{indexed.prefix}: no manifest, so damage inside .bin goes unseen; "
-        f"`remit data verify --adopt {indexed.prefix}` reads it once and writes one"
+        f"`remit data verify --adopt {indexed.prefix}` reads it once and writes one; not between the starts of a run, "
+        "which knows the dataset by another name then"
     ]
     step = SAMPLE_BYTES // indexed.dtype.itemsize
     starts = np.arange(0, indexed.num_tokens, step)

@@ -124,7 +124,8 @@ class SampleOrder:
         self.lengths = lengths
         self.total = total
         self.seed = seed
-        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+        """The newest epoch's order of each source."""
         self._source: np.ndarray | None = None
         if len(lengths) > 1:
             self._source = np.zeros(total, dtype=np.int16)
@@ -137,11 +138,11 @@ class SampleOrder:
         source, k = (0, n) if self._source is None else (int(self._source[n]), int(self._number[n]))
         epoch, k = divmod(k, self.lengths[source])
         if epoch:  # the first epoch keeps the order of GPTDataset, which is shuffled already
-            if (source, epoch) not in self._permutations:
-                self._permutations = {key: p for key, p in self._permutations.items() if key[0] != source}
+            known = self._permutations.get(source)  # threads may replace it meanwhile, and never change it
+            if known is None or known[0] != epoch:
                 generator = np.random.Generator(np.random.PCG64([self.seed, source, epoch]))
-                self._permutations[source, epoch] = generator.permutation(self.lengths[source])
-            k = int(self._permutations[source, epoch][k])
+                known = self._permutations[source] = epoch, generator.permutation(self.lengths[source])
+            k = int(known[1][k])
         return source, k
 
     def needed(self) -> list[int]:

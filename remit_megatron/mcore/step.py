@@ -209,6 +209,7 @@ class ForwardStep:
             weight=head.head_weight(),
             temperature=self.objective.temperature,
             chunk_tokens=head.head_chunk_tokens,
+            top_k=getattr(self.objective, "top_k", 0),
         )
         return hook.distilled_from(teacher)
 

@@ -73,8 +73,8 @@ class Objective(Protocol):
     `by_sample: ClassVar[bool] = True`; compute.loss_head = "sequence_chunks" then calls it once a sample.
 
     One that needs the reference's whole distribution says `needs_reference_hidden: ClassVar[bool] = True` and has a
-    `temperature`; it is then given `kl`. One whose tokens compete over the whole step has `global_share`, the share to
-    select; it is then given `selected`.
+    `temperature`, and `top_k` where not the whole vocabulary is compared; it is then given `kl`. One whose tokens
+    compete over the whole step has `global_share`, the share to select; it is then given `selected`.
     """
 
     name: ClassVar[str]

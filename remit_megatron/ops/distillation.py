@@ -4,7 +4,7 @@ The reference's logits are formed chunk by chunk from its hidden states, once in
 no rank ever holds another's columns: five numbers a token and rank cross tensor parallelism.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class Teacher:
     """Both models' logits are divided by it, for the KL only."""
     chunk_tokens: int = 1024
     """Tokens whose reference logits exist at one time."""
+    top_k: int = 0
+    """Above 0: the KL is over so many tokens, the reference's most probable, and one bucket for the rest."""
 
 
 def nll_and_kl(
@@ -53,6 +55,7 @@ def nll_and_kl(
         is (p - q) / temperature. Ignored tokens give 0 and a zero gradient row.
 
     Collectives: one all-gather of [2, n] and one of [3, n] float32 where tp_group has several ranks; none in backward.
+    With `teacher.top_k` one of [5, n] in place of the latter, and one of [chunk, k] for each chunk of tokens.
     Backward overwrites logits that are an intermediate result, as in `token_nll`.
     """
     check_labels(logits, labels)
@@ -65,6 +68,12 @@ def nll_and_kl(
     )
     assert teacher.temperature > 0, f"temperature must be positive, got {teacher.temperature}"
     shard = Shard.of(logits.shape[-1], valid_vocab, tp_group)
+    assert teacher.top_k >= 0, f"top_k must not be negative, got {teacher.top_k}"
+    if teacher.top_k:
+        from remit_megatron.ops.distillation_topk import NLLAndTopKL
+
+        both: Tensor = NLLAndTopKL.apply(logits, labels, teacher, shard, is_overwritable(logits))
+        return both
     result: Tensor = _NLLAndKL.apply(logits, labels, teacher, shard, is_overwritable(logits))
     return result
 
@@ -76,7 +85,7 @@ class _NLLAndKL(torch.autograd.Function):
     ) -> Tensor:
         lse, nll = combine_stats(torch_local_stats(logits, labels, shard), labels, shard)
         stats = torch.empty(3, labels.numel(), dtype=torch.float32, device=logits.device)
-        for chunk, x, r in _chunks(logits, teacher, shard):
+        for chunk, x, r in chunks_of(logits, teacher, shard):
             stats[:, chunk] = _local_stats(x, r)
         student_lse, reference_lse, kl = _combine(stats, shard)
         kl = kl.view(labels.shape).masked_fill(labels == -100, 0.0)
@@ -88,24 +97,49 @@ class _NLLAndKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse, student_lse, reference_lse = ctx.saved_tensors
-        teacher, shard, logits = ctx.teacher, ctx.shard, logits.detach()
-        out = logits if ctx.may_overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
-        nll_factor = gradient_coefficient(upstream[0], labels, shard).flatten()
-        kl_factor = upstream[1].float().masked_fill(labels == -100, 0.0).flatten() / teacher.temperature
-        flat, flat_out, flat_labels = logits.flatten(0, 1), out.flatten(0, 1), labels.flatten()
-        for chunk, x, r in _chunks(logits, teacher, shard):
-            difference = x.sub_(student_lse[chunk, None]).exp_().sub_(r.sub_(reference_lse[chunk, None]).exp_())
-            factor = kl_factor[chunk, None]
-            # Filled, not multiplied by 0: the logits of a masked token may be anything.
-            difference.mul_(factor).masked_fill_(factor == 0, 0.0)
-            both = torch.empty(flat[chunk].shape, dtype=torch.float32, device=logits.device)
-            torch_write_gradient(flat[chunk], flat_labels[chunk], lse.flatten()[chunk], nll_factor[chunk], shard, both)
-            both[:, : shard.num_valid] += difference
-            flat_out[chunk] = both
+
+        def difference(number: int, chunk: slice, x: Tensor, r: Tensor) -> Tensor:
+            return x.sub_(student_lse[chunk, None]).exp_().sub_(r.sub_(reference_lse[chunk, None]).exp_())
+
+        out = write_both_gradients(
+            logits, labels, lse, upstream, ctx.teacher, ctx.shard, difference, may_overwrite=ctx.may_overwrite
+        )
         return out, None, None, None, None
 
 
-def _chunks(logits: Tensor, teacher: Teacher, shard: Shard) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def write_both_gradients(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    upstream: Tensor,
+    teacher: Teacher,
+    shard: Shard,
+    difference: Callable[[int, slice, Tensor, Tensor], Tensor],
+    *,
+    may_overwrite: bool,
+) -> Tensor:
+    """[s, b, L], the gradient of NLL and KL, chunk by chunk. upstream: [2, s, b].
+
+    difference: number of the chunk, its tokens, student's and reference's logits over the temperature [n, columns],
+    both to be overwritten -> the KL's gradient in the former.
+    """
+    logits = logits.detach()
+    out = logits if may_overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    nll_factor = gradient_coefficient(upstream[0], labels, shard).flatten()
+    kl_factor = upstream[1].float().masked_fill(labels == -100, 0.0).flatten() / teacher.temperature
+    flat, flat_out, flat_labels = logits.flatten(0, 1), out.flatten(0, 1), labels.flatten()
+    for number, (chunk, x, r) in enumerate(chunks_of(logits, teacher, shard)):
+        factor = kl_factor[chunk, None]
+        # Filled, not multiplied by 0: the logits of a masked token may be anything.
+        of_kl = difference(number, chunk, x, r).mul_(factor).masked_fill_(factor == 0, 0.0)
+        both = torch.empty(flat[chunk].shape, dtype=torch.float32, device=logits.device)
+        torch_write_gradient(flat[chunk], flat_labels[chunk], lse.flatten()[chunk], nll_factor[chunk], shard, both)
+        both[:, : shard.num_valid] += of_kl
+        flat_out[chunk] = both
+    return out
+
+
+def chunks_of(logits: Tensor, teacher: Teacher, shard: Shard) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(tokens, student's and reference's valid logits over the temperature), the logits copies in float32."""
     flat, hidden = logits.detach().flatten(0, 1), teacher.hidden.flatten(0, 1)
     for start in range(0, len(flat), teacher.chunk_tokens):

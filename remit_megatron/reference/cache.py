@@ -10,11 +10,12 @@ after any kill, shards work in one folder or are merged by copying their files t
 import fcntl
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -99,6 +100,7 @@ class Block(NamedTuple):
 
 
 class BlockHeader(NamedTuple):
+    samples: int
     saturated: int
     """Tokens at the largest score that can be stored."""
     tokens: int
@@ -233,7 +235,7 @@ class ScoreCache:
 
     def saturated_share(self) -> float:
         """Share of scored tokens at the largest score, over the blocks that are there."""
-        headers = [self._header(block)[0] for block in blocks_of(self.manifest) if self._is_there(block)]
+        headers = [self._header(block) for block in blocks_of(self.manifest) if self._is_there(block)]
         return sum(h.saturated for h in headers) / max(1, sum(h.tokens for h in headers))
 
     def check_saturation(self) -> None:
@@ -269,7 +271,9 @@ class ScoreCache:
                 f"{self.key}: {self.folder} has no scores of the dataset of data.train[{i}] "
                 f"({wanted.fingerprint[:12]}; it has {known}): run `remit score` with this recipe"
             )
-        source = fingerprints.index(wanted.fingerprint)
+        # A recipe may name one dataset twice; its scores are the same.
+        same = [source for source, one in enumerate(fingerprints) if one == wanted.fingerprint]
+        source = max(same, key=lambda source: self.manifest.sources[source].samples)
         samples = self.manifest.sources[source].samples
         if samples < wanted.samples:
             raise UserError(
@@ -298,25 +302,34 @@ class ScoreCache:
     def _path(self, source: int, number: int) -> Path:
         return self.folder / f"source-{source:03d}" / f"{number:08d}.scores"
 
-    def _header(self, block: Block) -> tuple[BlockHeader, Path]:
+    @contextmanager
+    def _opened(self, block: Block) -> Iterator[tuple[BlockHeader, BinaryIO]]:
+        """A block's header and file, which may have more samples: others go on with it while this process reads."""
         path = self._path(block.source, block.number)
         try:
             with path.open("rb") as stream:
                 magic, source, first, samples, length, *rest = HEADER.unpack(stream.read(HEADER.size))
+                here = (magic, source, first, length)
+                if here != (MAGIC, block.source, block.first, self.manifest.sequence_length) or samples < block.samples:
+                    raise RunError(
+                        f"{path}: its header is not that of this block; delete it and run `remit score` again"
+                    )
+                yield BlockHeader(samples, *rest), stream
         except (OSError, struct.error) as error:
             raise RunError(f"{path}: cannot be read: {error}; delete it and run `remit score` again") from None
-        expected = (MAGIC, block.source, block.first, block.samples, self.manifest.sequence_length)
-        if (magic, source, first, samples, length) != expected:
-            raise RunError(f"{path}: its header is not that of this block; delete it and run `remit score` again")
-        return BlockHeader(*rest), path
+
+    def _header(self, block: Block) -> BlockHeader:
+        with self._opened(block) as (header, _):
+            return header
 
     def _verified(self, block: Block) -> np.ndarray:
         """A block's steps [samples, s], mapped, after a look at every byte."""
-        header, path = self._header(block)
-        shape = (block.samples, self.manifest.sequence_length)
-        if path.stat().st_size != HEADER.size + 2 * shape[0] * shape[1]:
-            raise RunError(f"{path}: its size is not that of its content; delete it and run `remit score` again")
-        steps = np.memmap(path, dtype="<u2", mode="r", offset=HEADER.size, shape=shape)
+        path = self._path(block.source, block.number)
+        with self._opened(block) as (header, stream):
+            shape = (header.samples, self.manifest.sequence_length)
+            if os.fstat(stream.fileno()).st_size != HEADER.size + 2 * shape[0] * shape[1]:
+                raise RunError(f"{path}: its size is not that of its content; delete it and run `remit score` again")
+            steps = np.memmap(stream, dtype="<u2", mode="r", offset=HEADER.size, shape=shape)
         if hashlib.sha256(np.ascontiguousarray(steps).data).digest() != header.payload_sha256:
             raise RunError(
                 f"{path}: its SHA-256 is not the one in its header, so it was damaged; delete it and run `remit score` "
@@ -336,7 +349,8 @@ def check_same(found: CacheManifest, wanted: CacheManifest, folder: Path, key: s
         )
     if sources and [s.fingerprint for s in found.sources] != [s.fingerprint for s in wanted.sources]:
         raise UserError(
-            f"{key}: {folder} holds scores of other datasets than data.train: run `remit score` into another folder"
+            f"{key}: {folder} holds scores of other datasets than data.train, or of the same in another order, which "
+            "only a run that reads may have: keep the order, or write into another folder"
         )
 
 
@@ -365,6 +379,16 @@ def _short(value: Any) -> Any:
 
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock of `locked`."""
+    try:
+        with path.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextmanager

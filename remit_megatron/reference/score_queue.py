@@ -1,6 +1,7 @@
 """Scores on their way from a scorer to the run that uses them: a folder that both can reach, and no other link.
 
 FOLDER/run.json               by the run: what its scores must be, and the step that it needs next
+FOLDER/.run.lock              held by the run: one folder serves one run at a time
 FOLDER/scorer.json            by the scorer: what its scores are, a counter that moves with its work, what is ready
 FOLDER/step-00000012.scores   by the scorer, which also removes it: SHA-256, ids of the samples, float32 NLL [n, s]
 
@@ -27,9 +28,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from remit_megatron.data.files import writing
 from remit_megatron.errors import UserError
-from remit_megatron.reference.cache import CacheManifest, first_difference
+from remit_megatron.reference.cache import CacheManifest, first_difference, is_held
 
 KEY = "reference.queue"
+RUN_LOCK = ".run.lock"
 MAGIC = b"RMQUEUE1"
 HEADER = struct.Struct("<8sQII32s32s")
 BEAT_S = 0.5
@@ -179,7 +181,7 @@ class ScorerSide:
     def __init__(self, folder: Path, manifest: QueueManifest, ahead_steps: int):
         """Go on with what another scorer has left of the same scores; the rest is removed.
 
-        A run that had ended before is not the one to follow.
+        A run that had ended before is not the one to follow, nor one that was killed and had other scores.
         """
         self.folder = folder
         self.manifest = manifest
@@ -188,7 +190,8 @@ class ScorerSide:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         run = _read_run(folder)
-        self._over = run.name if run and run.done else None
+        over = run and (run.done or (run.manifest.difference(manifest) and not is_held(folder / RUN_LOCK)))
+        self._over = run.name if run and over else None
         found = [int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.scores")]
         self._ready = {step for step in found if read_step(folder, step, manifest) is not None}
         self._remove(step for step in found if step not in self._ready)

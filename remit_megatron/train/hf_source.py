@@ -31,16 +31,20 @@ def plan_conversion(source: str, run: str) -> tuple[Path, Meta]:
     shape = read_shape(folder.config, folder.path / "config.json")
     theirs = {name for names in tensor_names(shape).values() for name in names}
     check_names(folder, theirs, tied=shape.tied_embeddings)
-    choose_dtype(folder, None)
+    dtype = choose_dtype(folder, None)
     key = folder.content_key()
-    return Path(run).parent / ".converted" / key, Meta(shape=shape.model_dump(), origin=origin(folder, key))
+    return Path(run).parent / ".converted" / key, Meta(shape=shape.model_dump(), origin=origin(folder, key, dtype))
 
 
-def origin(folder: HFFolder, content_key: str) -> dict[str, str]:
-    """What a converted checkpoint says of where it came from. It may serve as a reference though it has no steps."""
+def origin(folder: HFFolder, content_key: str, dtype: torch.dtype) -> dict[str, str]:
+    """What a converted checkpoint says of where it came from. It may serve as a reference though it has no steps.
+
+    dtype: of the converted weights.
+    """
     parts = tokenizer.content(folder.path)
     known = {"tokenizer": tokenizer.fingerprint(parts)} if parts else {}
-    return {"format": "huggingface", "source": str(folder.path), "content": content_key, **known}
+    name = str(dtype).removeprefix("torch.")
+    return {"format": "huggingface", "source": str(folder.path), "content": content_key, "dtype": name, **known}
 
 
 def ensure_converted(checkpoint: Path, meta: Meta | None) -> None:

@@ -428,6 +428,8 @@ class Trainer:
 
     def close(self) -> None:
         self.loader.close()
+        if self.queue:
+            self.queue.close()
         if self.metrics:
             self.metrics.close()
         if self.loggers:

@@ -92,7 +92,8 @@ def _identity(path: Path | None, meta: Meta | None) -> str | None:
     if path is None or meta is None:
         return None
     if meta.origin is not None:
-        return hashlib.sha256(json.dumps(meta.origin, sort_keys=True).encode()).hexdigest()[:32]
+        weights = {key: meta.origin.get(key) for key in ("format", "content", "dtype")}  # wherever the folder is
+        return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:32]
     return identity(path)
 
 

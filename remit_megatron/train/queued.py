@@ -1,5 +1,6 @@
 """The run's side of asynchronous scoring: each step's scores from a scorer's queue, or the word to score online."""
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -8,12 +9,12 @@ import torch.distributed as dist
 
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import make_folder
-from remit_megatron.errors import RunError
+from remit_megatron.errors import RunError, UserError
 from remit_megatron.mcore.datasets import TrainingData
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.ops.score_steps import round_to_steps
-from remit_megatron.reference.cache import CacheManifest
-from remit_megatron.reference.score_queue import KEY, QueueManifest, RunSide
+from remit_megatron.reference.cache import CacheManifest, locked
+from remit_megatron.reference.score_queue import KEY, RUN_LOCK, QueueManifest, RunSide
 from remit_megatron.train.runtime import from_rank_0
 
 Batch = dict[str, torch.Tensor]
@@ -58,10 +59,25 @@ class QueuedScores:
         self.online = False
         """Whether the last step had to be scored online."""
         self._say = say
-        from_rank_0(lambda: make_folder(recipe.queue_folder, KEY), device)
+        self._held = contextlib.ExitStack()
+        from_rank_0(self._claim, device)
         self._side = RunSide(recipe.queue_folder, queue_manifest(recipe, manifest), self.settings.timeout_s)
         self._found: torch.Tensor | None = None
         self._waited = False
+
+    def _claim(self) -> None:
+        folder = self.recipe.queue_folder
+        make_folder(folder, KEY)
+        busy = f"{KEY}: another run uses {folder}: a scorer serves one at a time: set another reference.queue.folder"
+        try:
+            self._held.enter_context(locked(folder / RUN_LOCK, busy=busy))
+        except UserError:
+            time.sleep(1.0)  # a scorer that starts may just be looking whether anybody holds it
+            self._held.enter_context(locked(folder / RUN_LOCK, busy=busy))
+
+    def close(self) -> None:
+        """Let another run use the folder."""
+        self._held.close()
 
     def publish(self, step: int, *, done: bool = False) -> None:
         """Tell the scorer which step is needed next. Collective."""

@@ -114,6 +114,7 @@ class Recorder:
         self.global_share = getattr(objective, "global_share", None)
         self.needs_reference_hidden = getattr(objective, "needs_reference_hidden", False)
         self.temperature = getattr(objective, "temperature", None)
+        self.top_k = getattr(objective, "top_k", 0)
         self.seen: list[dict[str, torch.Tensor]] = []
 
     def __call__(self, stats: TokenStats) -> Any:

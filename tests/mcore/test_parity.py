@@ -34,6 +34,7 @@ CASES = [
     Case("rho1 sequence", {"name": "rho1", "share": 0.6}),
     Case("rho1 global", {"name": "rho1", "share": 0.6, "scope": "global"}),
     Case("kd", {"name": "kd", "kd_alpha": 0.7, "temperature": 1.5}),
+    Case("kd top 5", {"name": "kd", "top_k": 5}),
 ]
 ONE = [layout("one rank"), layout("one rank, merged scoring", merge_microbatches=4)]
 TWO = [

@@ -41,7 +41,8 @@ def test_alpha_0_is_ntp_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("kd_alpha", 1.1), ("kd_alpha", -0.1), ("temperature", 0.0), ("temperature", float("inf"))]
+    ("key", "value"),
+    [("kd_alpha", 1.1), ("kd_alpha", -0.1), ("temperature", 0.0), ("temperature", float("inf")), ("top_k", -1)],
 )
 def test_wrong_settings_name_the_key(key: str, value: float) -> None:
     with pytest.raises(UserError, match=f"objective.{key} must be"):

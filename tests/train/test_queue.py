@@ -14,8 +14,17 @@ from launch.scorers import devices
 from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError, UserError
 from remit_megatron.ops.score_steps import STEPS_PER_NAT
-from remit_megatron.reference.cache import CacheManifest, ScoreCache, SourceScores
-from remit_megatron.reference.score_queue import HEADER, Look, QueueManifest, RunSide, ScorerSide, read_step, write_step
+from remit_megatron.reference.cache import CacheManifest, ScoreCache, SourceScores, locked
+from remit_megatron.reference.score_queue import (
+    HEADER,
+    RUN_LOCK,
+    Look,
+    QueueManifest,
+    RunSide,
+    ScorerSide,
+    read_step,
+    write_step,
+)
 from tests.ranks import run_ranks
 from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all, weights
 
@@ -58,8 +67,9 @@ def follow_and_train(
         def finished(state: Path = state) -> bool:
             return state.exists() and len(json.loads(state.read_text())["ready"]) == STEPS
 
+        trainer = None
         try:
-            Trainer(parse_recipe(run), process).close()
+            trainer = Trainer(parse_recipe(run), process)
             dist.barrier()
             destroy_groups()
             follow_on(parse_recipe(scorer).for_scorer(), process, finished)
@@ -67,6 +77,8 @@ def follow_and_train(
         except RemitError as error:
             outcomes.append((error.exit_code, str(error)))
         finally:
+            if trainer:
+                trainer.close()
             dist.barrier()
             destroy_groups()
     return outcomes, train_all(rank, recipes)
@@ -368,11 +380,16 @@ def test_a_new_scorer_goes_on_with_what_is_whole(pair: Pair, manifest: QueueMani
     # Scores of another reference are not even looked at.
     other = manifest.model_copy(update={"scores": manifest.scores.model_copy(update={"reference": "s"})})
     assert read_step(pair.folder, 1, other) is None
+    with locked(pair.folder / RUN_LOCK):  # as a run that lives holds it
+        refusing = pair.scorer(other)
     with pytest.raises(
         UserError, match=r"needs other scores than this recipe's: the reference's weights \(r there, s here\)"
     ):
-        pair.scorer(other).next()
-    pair.scorer(other).beat(at_once=True)
+        refusing.next()
+    waiting = pair.scorer(other)
+    assert waiting.next() == (None, False), "what a killed run has left is nothing to follow, and nothing to refuse"
+    pair.run.publish(1)
+    waiting.beat(at_once=True)
     assert "makes other scores: the reference's weights" in str(pair.look(1).reason)
 
 

@@ -382,6 +382,16 @@ def test_tokenizer_and_growth(tmp_path: Path) -> None:
     more = manifest.model_copy(update={"sources": (SourceScores(fingerprint="d", samples=5), manifest.sources[1])})
     grown = ScoreCache.begin(tmp_path, more, "--output")
     assert [grown.is_whole(block) for block in blocks_of(grown.manifest)] == [True, False]
+    reading = ScoreCache.open(tmp_path, manifest)
+    last = blocks_of(grown.manifest)[1]
+    grown.write_block(last, np.array([[3, 4, 5, 6], [7, 8, 9, 10]]), np.ones((2, 4)))
+    assert reading.scores(0, 3).tolist() == [x / 2048 for x in (3, 4, 5, 6)], "others may go on with what one reads"
+    assert reading.saturated_share() == 0
+    twice = (SourceScores(fingerprint="d", samples=2), SourceScores(fingerprint="d", samples=4))
+    ScoreCache.begin(tmp_path / "twice", manifest.model_copy(update={"sources": twice}), "--output")
+    for first in (twice, twice[::-1]):  # one dataset named twice: the scores are the same
+        named = ScoreCache.open(tmp_path / "twice", manifest.model_copy(update={"sources": first}), verify=False)
+        assert named._sources == [1, 1]
     fewer = ScoreCache.begin(tmp_path, manifest, "--output")
     assert fewer.manifest.sources[0].samples == 5
     with fewer.writing_shard(0, 2), pytest.raises(RemitError, match="another process"), grown.writing_shard(0, 2):
