@@ -12,7 +12,7 @@ from remit_megatron.errors import UserError
 
 SHIPPED = Path(slurm.__file__).parent / "profiles"
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
+SECRET = re.compile(r"(KEY|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
 Variable = Annotated[str, Field(pattern=rf"^{NAME}$")]
 Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
 
