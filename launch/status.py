@@ -101,12 +101,15 @@ def _state(run: Path, status: dict[str, Any] | None, events: list[Event], now: f
         submitted = "waits for SLURM" if (run / "job.sbatch").exists() and not events else "has not started"
         last = events[-1] if events else None
         if last and last.name != "start":
-            return [f"state       {OUTCOMES[last.name]}: {last.detail}", f"job         {last.start} {last.name}"]
+            return [
+                f"state       {_outcome(last)}",
+                f"job         {last.start} {last.name}",
+            ]
         return [f"state       {f'starting: job {last.start}' if last else submitted}"]
     state = status.get("state", "unknown")
     if _outlived(status, events):
         return [
-            f"state       {OUTCOMES[events[-1].name]}: {events[-1].detail}",
+            f"state       {_outcome(events[-1])}",
             f"job         {events[-1].start} {events[-1].name}; its ranks had last said: {state}",
         ]
     text = f"state       {state}"
@@ -118,20 +121,24 @@ def _state(run: Path, status: dict[str, Any] | None, events: list[Event], now: f
     where = status.get("host") or "no rank has got as far as saying where it is"
     if status.get("job"):
         where = f"job {status['job']}.{status.get('restart', 0)} on {where}"
-    age = max(0.0, now - status.get("updated_unix_s", now))
+    age = max(0.0, now - (status.get("updated_unix_s") or now))
     lines.append(f"where       {where}, last word {_duration(age)} ago")
     ended = bool(events) and events[-1].name == "end"
     if state in ("starting", "running") and not ended and age > SILENT_S:
         lines.append(f"            no word for {_duration(age)}: see the newest folder of {run / 'logs'}")
     last = events[-1] if events else None
-    if last and last.name != "start" and last.unix_s >= status.get("started_unix_s", 0):
+    if last and last.name != "start" and last.unix_s >= (status.get("started_unix_s") or 0):
         lines.append(f"job         {last.start} {last.name}: {last.detail}")
     return lines
 
 
+def _outcome(event: Event) -> str:
+    return f"{OUTCOMES.get(event.name, event.name)}: {event.detail}"
+
+
 def _outlived(status: dict[str, Any], events: list[Event]) -> bool:
     """Whether the newest start ended without a last word in status.json, which then tells of less."""
-    if not events or events[-1].name == "start" or events[-1].unix_s < status.get("started_unix_s", 0):
+    if not events or events[-1].name == "start" or events[-1].unix_s < (status.get("started_unix_s") or 0):
         return False
     of_that_start = f"{status.get('job')}.{status.get('restart', 0)}" == events[-1].start
     return not of_that_start or status.get("state") in ("starting", "running")

@@ -113,7 +113,7 @@ def _slurm(request: Request, recipe: Recipe, run: Path, profile: Profile) -> int
     options = render.header(profile, run, run.name, request.nodes, tasks, workdir)
     values = render.settings(profile, run, sys.executable, workdir, request.arguments)
     script = render.render("train.sbatch", options, values, profile.modules)
-    submit_environment = {**_kept(os.environ, modules=bool(profile.modules)), **secrets}
+    submit_environment = {**kept(os.environ, modules=bool(profile.modules)), **secrets}
     if request.dry_run:
         print(script, end="")
         return _test_only(script, submit_environment)
@@ -126,11 +126,13 @@ def _slurm(request: Request, recipe: Recipe, run: Path, profile: Profile) -> int
     return follow(run, jobs) if request.follow else 0
 
 
-def _kept(variables: Mapping[str, str], *, modules: bool) -> dict[str, str]:
-    def kept(name: str) -> bool:
+def kept(variables: Mapping[str, str], *, modules: bool) -> dict[str, str]:
+    """What of the submitter's environment reaches a job."""
+
+    def wanted(name: str) -> bool:
         return name in KEPT or name.startswith("SBATCH_") or bool(modules and KEPT_FOR_MODULES.fullmatch(name))
 
-    return {name: value for name, value in variables.items() if kept(name)}
+    return {name: value for name, value in variables.items() if wanted(name)}
 
 
 def passed_values(profile: Profile) -> dict[str, str]:

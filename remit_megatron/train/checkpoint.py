@@ -74,7 +74,8 @@ class CheckpointFolder:
             return self.folder / (Path(pointer.read_text(errors="replace").strip()).name or "nothing")
         except OSError as error:
             raise DamagedError(
-                f"{pointer} cannot be read ({error.strerror}): write the newest checkpoint's name into a file of that name"
+                f"{pointer} cannot be read ({error.strerror}): "
+                "write the newest checkpoint's name into a file of that name"
             ) from None
 
     def latest(self) -> Path | None:
