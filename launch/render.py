@@ -63,6 +63,7 @@ def settings(profile: Profile, run: Path, python: str, workdir: Path, arguments:
         "REMIT_PYTHON": profile.python or python,
         "REMIT_LAUNCHER": profile.launcher,
         "REMIT_PREFLIGHT": str(int(profile.preflight)),
+        "REMIT_PREFLIGHT_TIMEOUT_S": str(profile.preflight_timeout_s),
         "REMIT_EXIT_WAIT_S": str(profile.exit_wait_s),
         "REMIT_FRUITLESS_RESTARTS": str(profile.fruitless_restarts),
     }

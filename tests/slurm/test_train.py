@@ -5,6 +5,7 @@ Node names of this cluster resolve nowhere, as on some real ones, so every run a
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -38,12 +39,14 @@ def check_done(run: Run, expected: list[dict[str, Any]]) -> None:
 
 
 def test_from_submission_to_done(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
-    """Two nodes of two ranks, followed, with a preflight and a secret that no file tells."""
-    run, secret = new_run(nproc=2), "f3a9-only-in-memory"
+    """Two nodes of two ranks, followed, with a preflight, modules, and a secret that no file tells."""
+    run, secret = new_run(nproc=2), secrets.token_hex(16)
     resolved = subprocess.run(["getent", "hosts", f"n{2 * run.pair}"])
     assert resolved.returncode != 0, "node names resolve here, so that this shows nothing about those that do not"
-    profile = {"preflight": True, "environment": {"pass": ["REMIT_TEST_KEY"], "set": {"GLOO_SOCKET_IFNAME": "lo"}}}
+    profile: dict[str, Any] = {"preflight": True, "modules": ["cuda/12.4"]}
+    profile["environment"] = {"pass": ["REMIT_TEST_KEY"], "set": {"GLOO_SOCKET_IFNAME": "lo"}}
     variables = {"REMIT_TEST_KEY": secret, "UNRELATED_PASSWORD": secret}
+    variables["BASH_FUNC_module%%"] = "() { echo the command module was called to $*\n}"
     said = run.launch("--follow", profile=profile, variables=variables).stdout
     check_done(run, undisturbed(4))
     assert run.names() == ["start", "end"]
@@ -59,6 +62,7 @@ def test_from_submission_to_done(new_run: NewRun, cluster: Cluster, undisturbed:
     )
     assert f"{STEPS} of {STEPS} (100.0%)" in said, "--follow ends with the report"
     assert f"{run.folder}: done" in said, "--follow shows rank 0's log"
+    assert said.count("the command module was called to load cuda/12.4\n") == 1, "the submitter's, in the job's shell"
     assert {"recipe.toml", "job.sbatch", "code.json", "code.diff", "environment.txt"} <= {
         path.name for path in run.folder.iterdir()
     }
@@ -185,13 +189,17 @@ def test_chain(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> N
     check_done(run, undisturbed(2))
 
 
-def test_a_failing_link_ends_the_chain(new_run: NewRun, cluster: Cluster, tmp_path: Path) -> None:
-    run = new_run()
-    command = ["bash", "slurm/chain.sh", "3", "-p", f"pair{run.pair}", "--output=/dev/null", "--wrap", "exit 3"]
-    jobs = cluster.ask(*command).split()
-    assert len(jobs) == 3
-    run.wait_for_end(jobs[2])
+def test_a_failing_link_ends_the_chain(new_run: NewRun, cluster: Cluster) -> None:
+    """No rank gets as far as a status: what one said is told all the same, with its log, and their code comes back."""
+    run = new_run(nproc=2, data={"train": [{"path": "/nowhere/corpus"}]})
+    followed = run.launch("--chain", "3", "--follow", nodes=1, expect=2).stdout
+    jobs = followed.partition(": job ")[2].partition(" submitted")[0].split(", ")
     assert [cluster.job(job)["JobState"] for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert run.names() == ["start", "end"], run.story()
+    state = next(line for line in report(run.folder).splitlines() if line.startswith("state "))
+    assert state.startswith("state       ended: a mistake in recipe or input: /nowhere/corpus.idx: no such file")
+    log = state.rpartition(", in ")[2].removesuffix(" (exit code 2)")
+    assert "remit: /nowhere/corpus.idx: no such file" in Path(log).read_text()
 
 
 def test_crash_loop_ends(new_run: NewRun, cluster: Cluster) -> None:
