@@ -184,6 +184,7 @@ def test_a_disk_without_a_free_byte_ends_the_job(new_run: NewRun, cluster: Clust
     cluster.run("scontrol", "release", job)
     end = run.wait_for_end(job)
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "1:0", "0")
+    assert list((folder / "logs" / f"{job}.0").iterdir()) == [], "not even the preflight was started"
 
 
 def test_tokenize_array(pair: int, cluster: Cluster, tmp_path: Path) -> None:
