@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.status import read_status, report
+from launch.status import end_of, read_events, report
 
 POLL_S = 2.0
 
@@ -51,9 +51,8 @@ def follow(run: Path, jobs: list[str]) -> int:
         print(f"\nthe job goes on; scancel {' '.join(jobs)} ends it", file=sys.stderr)
         return 0
     print(report(run))
-    status = read_status(run)
-    code = status.get("exit_code") if status else None
-    return code if isinstance(code, int) else 1
+    code = end_of(jobs, read_events(run))
+    return 1 if code is None else code
 
 
 def _queued(jobs: list[str]) -> bool:

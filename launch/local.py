@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -66,6 +67,30 @@ def run_local(command: list[str], nproc: int) -> int:
             if rank_process.poll() is None:
                 rank_process.kill()
                 rank_process.wait()
+
+
+def run_client(command: list[str], environment: Mapping[str, str]) -> int:
+    """Run a program that stands for ranks elsewhere, such as a container's client; returns its exit code.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on to it and nothing else is done about them: it ends when its ranks have.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    # In a session of its own, or a terminal would send Ctrl-C to it a second time.
+    client = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, held) and None,
+    )
+    before = {n: signal.signal(n, lambda number, frame: client.send_signal(number)) for n in numbers}
+    signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    try:
+        code = client.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
 
 
 def _wait(ranks: list[subprocess.Popen[Any]], requests: list[int]) -> int:

@@ -76,8 +76,12 @@ def check_nodes(recipe: Recipe, run: Path, place: Place, timeout_s: float) -> No
     """
     token_file = run / "logs" / f".preflight-{os.environ.get('SLURM_JOB_ID', '0')}"
     expected = f"{time.time_ns()}"
+    full: str | None = None
     if place.rank == 0:
-        token_file.write_text(expected)
+        try:
+            token_file.write_text(expected)
+        except OSError as error:
+            full = f"{token_file}: cannot be written: {error.strerror or error}: free space there, then start again"
     store = _connect(place, serve=place.rank == 0, timeout_s=timeout_s)
     store.set_timeout(timedelta(seconds=3 * timeout_s))
     device = _device(recipe, place)
@@ -85,7 +89,7 @@ def check_nodes(recipe: Recipe, run: Path, place: Place, timeout_s: float) -> No
     store.set(f"report/{place.rank}", json.dumps(asdict(report)))
     if place.rank == 0:
         bad = _collect(store, place, expected, timeout_s)
-        full = _room_problem(recipe, run, place)
+        full = full or _room_problem(recipe, run, place)
         token_file.unlink(missing_ok=True)
         _tell(store, place, "verdict", [full, bad])
     else:

@@ -12,7 +12,7 @@ from remit_megatron.errors import UserError
 
 SHIPPED = Path(slurm.__file__).parent / "profiles"
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
+SECRET = re.compile(r"(KEY|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
 Variable = Annotated[str, Field(pattern=rf"^{NAME}$")]
 Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
 
@@ -72,6 +72,9 @@ class Profile(Section):
     """Restarts without a new checkpoint before a job gives up."""
     preflight: bool = True
     """Look at every node before training."""
+    preflight_timeout_s: int = Field(60, gt=0)
+    """How long a rank may take to start for the preflight, more where its interpreter comes from a slow filesystem; and
+    how long each of its checks may take."""
     python: Line | None = None
     """Interpreter that has this program, as the ranks see it; default: the one that launches."""
     modules: tuple[Line, ...] = ()

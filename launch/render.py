@@ -10,6 +10,11 @@ from launch.profiles import Profile
 from remit_megatron.errors import UserError
 
 TEMPLATES = Path(slurm.__file__).parent
+MODULE_COMMAND = (
+    'type module > /dev/null 2>&1 || . "${LMOD_PKG:-${MODULESHOME:-/usr/share/modules}}/init/bash" || '
+    '{ echo "remit: modules of the profile: this node has no command module" >&2; exit 2; }'
+)
+"""A job's shell is none that a login would set up: where the submitter's function has not come with it, it is made."""
 
 
 def tasks_per_node(profile: Profile, nproc: int | None) -> int:
@@ -58,6 +63,7 @@ def settings(profile: Profile, run: Path, python: str, workdir: Path, arguments:
         "REMIT_PYTHON": profile.python or python,
         "REMIT_LAUNCHER": profile.launcher,
         "REMIT_PREFLIGHT": str(int(profile.preflight)),
+        "REMIT_PREFLIGHT_TIMEOUT_S": str(profile.preflight_timeout_s),
         "REMIT_EXIT_WAIT_S": str(profile.exit_wait_s),
         "REMIT_FRUITLESS_RESTARTS": str(profile.fruitless_restarts),
     }
@@ -79,7 +85,11 @@ def render(template: str, options: list[str], values: dict[str, str], modules: t
     first, last = marked[0], marked[-1]
     filled = [f"#SBATCH {_quoted(option)}" for option in options]
     filled += ["", *(f"export {name}={shlex.quote(value)}" for name, value in values.items())]
-    filled += [f"module load {shlex.quote(module)}" for module in modules]
+    if modules:
+        filled.append(MODULE_COMMAND)
+    for module in modules:
+        words = shlex.quote(f"remit: modules of the profile: {module} cannot be loaded")
+        filled.append(f"module load {shlex.quote(module)} || {{ echo {words} >&2; exit 2; }}")
     return "\n".join([*lines[:first], *filled, *lines[last + 1 :]]) + "\n"
 
 

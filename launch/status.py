@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,11 @@ from typing import Any
 from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import RemitError, UserError
 
+NUMBERS = (
+    *("step", "total_steps", "tokens", "loss", "tokens_per_s", "checkpoint_step", "eta_s", "exit_code"),
+    *("started_unix_s", "updated_unix_s"),
+)
+OUTCOMES = {"end": "ended", "requeue": "queued again", "preempted": "preempted"}
 SILENT_S = 300
 """A run that says it runs and has not written for so long gets a remark."""
 
@@ -48,6 +54,15 @@ def read_events(run: Path) -> list[Event]:
     return events
 
 
+def end_of(jobs: Sequence[str], events: list[Event]) -> int | None:
+    """The exit code with which the last of these jobs ended; None where none has said."""
+    for event in reversed(events):
+        found = re.search(r"\(exit code (\d+)\)$", event.detail)
+        if event.name == "end" and found and event.start.partition(".")[0] in jobs:
+            return int(found[1])
+    return None
+
+
 def read_status(run: Path) -> dict[str, Any] | None:
     """status.json; None where there is none yet. Raises UserError for one that cannot be read."""
     path = run / "status.json"
@@ -57,7 +72,9 @@ def read_status(run: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name, 0), int | float | None) for name in NUMBERS
+    ):
         raise UserError(f"{path}: holds no status")
     return content
 
@@ -67,8 +84,12 @@ def report(run: Path, now_unix_s: float | None = None) -> str:
     if not (run / "recipe.toml").exists() and not (run / "status.json").exists():
         raise UserError(f"{run}: no run here: name the folder that a recipe's `run` names")
     now = time.time() if now_unix_s is None else now_unix_s
-    status, events = read_status(run), read_events(run)
-    lines = [f"{run}", *_state(run, status, events, now)]
+    events, remarks = read_events(run), []
+    try:
+        status = read_status(run)
+    except UserError as error:  # a crash of the machine can leave it empty
+        status, remarks = None, [f"            {error}"]
+    lines = [f"{run}", *_state(run, status, events, now), *remarks]
     if status and status.get("step") is not None:
         lines += _progress(status)
     lines += _restarts(events)
@@ -78,8 +99,19 @@ def report(run: Path, now_unix_s: float | None = None) -> str:
 def _state(run: Path, status: dict[str, Any] | None, events: list[Event], now: float) -> list[str]:
     if status is None:
         submitted = "waits for SLURM" if (run / "job.sbatch").exists() and not events else "has not started"
-        return [f"state       {submitted if not events else f'starting: job {events[-1].start}'}"]
-    state = status["state"]
+        last = events[-1] if events else None
+        if last and last.name != "start":
+            return [
+                f"state       {_outcome(last)}",
+                f"job         {last.start} {last.name}",
+            ]
+        return [f"state       {f'starting: job {last.start}' if last else submitted}"]
+    state = status.get("state", "unknown")
+    if _outlived(status, events):
+        return [
+            f"state       {_outcome(events[-1])}",
+            f"job         {events[-1].start} {events[-1].name}; its ranks had last said: {state}",
+        ]
     text = f"state       {state}"
     if status.get("exit_code") is not None:
         text += f" (exit code {status['exit_code']})"
@@ -89,15 +121,27 @@ def _state(run: Path, status: dict[str, Any] | None, events: list[Event], now: f
     where = status.get("host") or "no rank has got as far as saying where it is"
     if status.get("job"):
         where = f"job {status['job']}.{status.get('restart', 0)} on {where}"
-    age = max(0.0, now - status.get("updated_unix_s", now))
+    age = max(0.0, now - (status.get("updated_unix_s") or now))
     lines.append(f"where       {where}, last word {_duration(age)} ago")
     ended = bool(events) and events[-1].name == "end"
     if state in ("starting", "running") and not ended and age > SILENT_S:
         lines.append(f"            no word for {_duration(age)}: see the newest folder of {run / 'logs'}")
     last = events[-1] if events else None
-    if last and last.name != "start" and last.unix_s >= status.get("started_unix_s", 0):
+    if last and last.name != "start" and last.unix_s >= (status.get("started_unix_s") or 0):
         lines.append(f"job         {last.start} {last.name}: {last.detail}")
     return lines
+
+
+def _outcome(event: Event) -> str:
+    return f"{OUTCOMES.get(event.name, event.name)}: {event.detail}"
+
+
+def _outlived(status: dict[str, Any], events: list[Event]) -> bool:
+    """Whether the newest start ended without a last word in status.json, which then tells of less."""
+    if not events or events[-1].name == "start" or events[-1].unix_s < (status.get("started_unix_s") or 0):
+        return False
+    of_that_start = f"{status.get('job')}.{status.get('restart', 0)}" == events[-1].start
+    return not of_that_start or status.get("state") in ("starting", "running")
 
 
 def _progress(status: dict[str, Any]) -> list[str]:
@@ -110,7 +154,7 @@ def _progress(status: dict[str, Any]) -> list[str]:
         lines.append(f"loss        {status['loss']:.4f}")
     if status.get("tokens_per_s") is not None:
         lines.append(f"speed       {status['tokens_per_s']:,.0f} tokens/s")
-    if status.get("eta_s") is not None and status["state"] == "running":
+    if status.get("eta_s") is not None and status.get("state") == "running":
         lines.append(f"time left   {_duration(status['eta_s'])}")
     return lines
 

@@ -1,10 +1,11 @@
 """`remit launch`: one recipe on this machine, in a container, or on a SLURM cluster."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,10 @@ KEPT = (
     *("MODULEPATH", "LD_LIBRARY_PATH", "PYTHONPATH", "SLURM_CONF"),
 )
 """Of the submitter's environment, besides sbatch's own variables and the profile's: enough for a shell, no secret."""
+KEPT_FOR_MODULES = re.compile(
+    r"BASH_ENV|BASH_FUNC_(_?module\w*|ml)%%|(__)?(MODULE|LMOD)\w*|LOADEDMODULES|_LMFILES_|_ModuleTable\w*"
+)
+"""And what the command `module` is made of, where the profile has modules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +100,9 @@ def _docker(request: Request, recipe: Recipe, run: Path, profile: Profile) -> in
         print(shlex.join(command))
         return 0
     _say(run_folder.prepare(run, recipe))
-    return subprocess.run(command, env={**os.environ, **secrets}).returncode
+    from launch.local import run_client
+
+    return run_client(command, {**os.environ, **secrets})
 
 
 def _slurm(request: Request, recipe: Recipe, run: Path, profile: Profile) -> int:
@@ -106,7 +113,7 @@ def _slurm(request: Request, recipe: Recipe, run: Path, profile: Profile) -> int
     options = render.header(profile, run, run.name, request.nodes, tasks, workdir)
     values = render.settings(profile, run, sys.executable, workdir, request.arguments)
     script = render.render("train.sbatch", options, values, profile.modules)
-    submit_environment = {**{k: v for k, v in os.environ.items() if k in KEPT or k.startswith("SBATCH_")}, **secrets}
+    submit_environment = {**kept(os.environ, modules=bool(profile.modules)), **secrets}
     if request.dry_run:
         print(script, end="")
         return _test_only(script, submit_environment)
@@ -117,6 +124,15 @@ def _slurm(request: Request, recipe: Recipe, run: Path, profile: Profile) -> int
     jobs = _submit(job_script, request.chain, submit_environment)
     print(f"{run}: job {', '.join(jobs)} submitted; remit status {shlex.quote(str(run))}")
     return follow(run, jobs) if request.follow else 0
+
+
+def kept(variables: Mapping[str, str], *, modules: bool) -> dict[str, str]:
+    """What of the submitter's environment reaches a job."""
+
+    def wanted(name: str) -> bool:
+        return name in KEPT or name.startswith("SBATCH_") or bool(modules and KEPT_FOR_MODULES.fullmatch(name))
+
+    return {name: value for name, value in variables.items() if wanted(name)}
 
 
 def passed_values(profile: Profile) -> dict[str, str]:

@@ -9,11 +9,17 @@ if (($# < 2)) || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: chain.sh LINKS [sbatch options] JOB.sbatch" >&2
     exit 2
 fi
-links=$1 previous=''
+links=$1 previous='' submitted=()
 shift
 for ((link = 1; link <= links; link++)); do
     export REMIT_CHAIN=$link/$links
-    previous=$(sbatch --parsable --kill-on-invalid-dep=yes ${previous:+--dependency=afterok:$previous} "$@")
+    if ! previous=$(sbatch --parsable --kill-on-invalid-dep=yes ${previous:+--dependency=afterok:$previous} "$@"); then
+        # Half a chain would hand over to nobody.
+        ((${#submitted[@]} == 0)) || scancel "${submitted[@]}"
+        echo "link $link of $links was not accepted; the ${#submitted[@]} before it are cancelled" >&2
+        exit 1
+    fi
     previous=${previous%%;*}  # a federation appends the cluster's name
-    echo "$previous"
+    submitted+=("$previous")
 done
+printf '%s\n' "${submitted[@]}"

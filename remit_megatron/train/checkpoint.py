@@ -66,11 +66,17 @@ class CheckpointFolder:
     def named(self) -> Path | None:
         """What the pointer names; without a pointer the newest one that looks complete."""
         pointer = self.folder / "latest"
-        if not pointer.exists():
+        if not os.path.lexists(pointer):
             # A kill between the two renames of the very first commit leaves a complete checkpoint without a pointer.
             complete = sorted(meta.parent for meta in self.folder.glob(f"{NAMES}/meta.json"))
             return complete[-1] if complete else None
-        return self.folder / (Path(pointer.read_text(errors="replace").strip()).name or "nothing")
+        try:
+            return self.folder / (Path(pointer.read_text(errors="replace").strip()).name or "nothing")
+        except OSError as error:
+            raise DamagedError(
+                f"{pointer} cannot be read ({error.strerror}): "
+                "write the newest checkpoint's name into a file of that name"
+            ) from None
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint. Raises DamagedError when the pointer names one that is not there."""
@@ -140,6 +146,9 @@ class CheckpointFolder:
 
 def _remove(checkpoint: Path) -> None:
     """The meta goes first: a folder that lost only some of its files must not look complete."""
+    if checkpoint.is_symlink():  # to where a user has moved it
+        checkpoint.unlink()
+        return
     (checkpoint / "meta.json").unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 

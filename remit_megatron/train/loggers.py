@@ -199,8 +199,9 @@ def sync_wandb(run: Path, identity: str | None, mode: str) -> str:
         raise UserError(f"{run}: no run with metrics here: name the folder that a recipe's `run` names")
     recipe = load_recipe(run / "recipe.toml")
     check_wandb(required=True)
-    latest = CheckpointFolder(run / "checkpoints", keep=1).latest()
-    identity = identity or (read_meta(latest).loggers.get("wandb") if latest else None) or uuid.uuid4().hex[:8]
+    if identity is None:
+        latest = CheckpointFolder(run / "checkpoints", keep=1).latest()
+        identity = (read_meta(latest).loggers.get("wandb") if latest else None) or uuid.uuid4().hex[:8]
     target = wandb_target(run, recipe, identity, mode=mode)
     try:
         folder = upload(target)

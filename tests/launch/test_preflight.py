@@ -5,7 +5,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
+from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.errors import RunError
 from tests.train.runs import settings
 
-FAULTS = ("none", "clock", "disk", "folder", "absent", "stuck", "room")
+FAULTS = ("none", "clock", "disk", "folder", "absent", "stuck", "room", "full")
 
 
 def break_rank(fault: str, run: Path) -> Path:
@@ -83,9 +85,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (run / "logs").mkdir(parents=True)
         (folder / fault / "recipe.toml").write_text(dump_toml(parse_recipe(settings(folder / fault, "run"))))
     huge_checkpoint(folder / "room" / "run")
-    process = get_context("spawn").Process(target=all_faults, args=(str(folder),))
-    process.start()
-    process.join()
+    with full_disk(folder / "full" / "run" / "logs"):
+        run_all(folder)
     codes = json.loads((folder / "codes.json").read_text())
 
     def outcome(fault: str) -> tuple[list[int], str, str | None]:
@@ -94,6 +95,28 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return codes[fault], said, report.read_text() if report.exists() else None
 
     return outcome
+
+
+def run_all(folder: Path) -> None:
+    process = get_context("spawn").Process(target=all_faults, args=(str(folder),))
+    process.start()
+    process.join()
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """A filesystem without a free byte, where this process may mount one."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        yield
+        return
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as stream:
+        while stream.write(bytes(4096)):
+            pass
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def huge_checkpoint(run: Path) -> None:
@@ -143,6 +166,16 @@ def test_a_full_disk_is_no_fault_of_a_node(outcomes: Any) -> None:
     assert codes == [1, 1]
     assert "GB are free, and 2.2 checkpoints of " in said
     assert said.endswith(": free space there\n")
+    assert said.count("\n") == 1
+    assert report is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small filesystem is mounted by root only")
+def test_a_disk_without_a_free_byte_is_no_fault_of_a_node(outcomes: Any) -> None:
+    """Not even what the nodes are to read fits into the run folder: another node would not help."""
+    codes, said, report = outcomes("full")
+    assert codes == [1, 1]
+    assert "logs/.preflight-0: cannot be written: No space left on device: free space there, then start again" in said
     assert said.count("\n") == 1
     assert report is None
 

@@ -48,6 +48,12 @@ def test_a_wrong_profile_is_named(text: str, says: str, tmp_path: Path) -> None:
     assert "abc" not in str(error.value), "a secret is not repeated"
 
 
+def test_what_is_no_secret(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[environment.set]\nTOKENIZERS_PARALLELISM = 'false'\n")
+    assert load_profile(str(path)).environment.set == {"TOKENIZERS_PARALLELISM": "false"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

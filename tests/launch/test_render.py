@@ -8,6 +8,7 @@ import pytest
 
 from launch.profiles import Profile, load_profile
 from launch.render import TEMPLATES, header, render, settings, tasks_per_node
+from launch.submit import kept
 from remit_megatron.errors import UserError
 
 SCRIPTS = [*sorted(TEMPLATES.glob("*.sbatch")), TEMPLATES / "chain.sh"]
@@ -115,3 +116,73 @@ def test_arguments_of_train(tmp_path: Path) -> None:
     script = render("train.sbatch", ["--nodes=2"], values)
     assert "export REMIT_ARGS=--fallback\n" in script
     assert "REMIT_ARGS" not in settings(Profile(), tmp_path, "/venv/bin/python", tmp_path)
+
+
+def module_lines(folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """What the script of a profile with two modules does for them, in a shell with these variables."""
+    profile = Profile(modules=("cuda/12.4", "it's"))
+    lines = script_of(profile, Path("/runs/a"), Path("/home"), nproc=1).splitlines()
+    last = max(n for n, line in enumerate(lines) if line.startswith("export REMIT_FRUITLESS_RESTARTS="))
+    own = lines[last + 1 : next(n for n, line in enumerate(lines) if line.startswith("set -u"))]
+    environment = {"PATH": "/usr/bin:/bin", "MODULESHOME": str(folder), **variables}
+    text = "\n".join([*own, "echo begins"])
+    return subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment)
+
+
+LOADED = "got load cuda/12.4\ngot load it's\nbegins\n"
+
+
+def test_modules_with_the_submitters_function(tmp_path: Path) -> None:
+    result = module_lines(tmp_path, {"BASH_FUNC_module%%": "() { echo got $*\n}"})
+    assert (result.returncode, result.stdout, result.stderr) == (0, LOADED, "")
+
+
+def test_modules_where_the_function_has_to_be_made(tmp_path: Path) -> None:
+    (tmp_path / "init").mkdir()
+    (tmp_path / "init" / "bash").write_text("module() { echo got $*; }\n")
+    result = module_lines(tmp_path, {})
+    assert (result.returncode, result.stdout, result.stderr) == (0, LOADED, "")
+
+
+def test_a_job_does_not_go_on_without_its_modules(tmp_path: Path) -> None:
+    result = module_lines(tmp_path, {})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.endswith("remit: modules of the profile: this node has no command module\n")
+    result = module_lines(tmp_path, {"BASH_FUNC_module%%": '() { [ "$2" = cuda/12.4 ]\n}'})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "remit: modules of the profile: it's cannot be loaded\n"
+
+
+def test_the_command_module_is_submitted_only_for_modules() -> None:
+    of_modules = (
+        "BASH_ENV",
+        "BASH_FUNC_module%%",
+        "BASH_FUNC_ml%%",
+        "MODULESHOME",
+        "LMOD_CMD",
+        "__LMOD_REF_COUNT_PATH",
+    )
+    variables = dict.fromkeys((*of_modules, "HOME", "SBATCH_ACCOUNT", "BASH_FUNC_other%%", "MY_MODULE_KEY"), "x")
+    assert kept(variables, modules=False).keys() == {"HOME", "SBATCH_ACCOUNT"}
+    assert kept(variables, modules=True).keys() == {"HOME", "SBATCH_ACCOUNT", *of_modules}
+
+
+def test_half_a_chain_is_taken_back(tmp_path: Path) -> None:
+    """The third link is refused: the two before it are cancelled, and nothing looks submitted."""
+    for name, text in (
+        (
+            "sbatch",
+            'echo "$@" >> calls; n=$(wc -l < calls); [ $n -lt 3 ] || { echo full >&2; exit 1; }; echo "$n;east"',
+        ),
+        ("scancel", 'echo "$@" > cancelled'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["bash", str(TEMPLATES / "chain.sh"), "4", "job.sbatch"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "full\nlink 3 of 4 was not accepted; the 2 before it are cancelled\n"
+    assert (tmp_path / "cancelled").read_text() == "1 2\n"
+    assert len((tmp_path / "calls").read_text().splitlines()) == 3, "and the fourth is not tried"
+    assert "--dependency=afterok:2 " in (tmp_path / "calls").read_text()

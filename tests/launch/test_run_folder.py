@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,6 +130,46 @@ def test_container_on_this_machine(name: str, tmp_path: Path, monkeypatch: pytes
     assert called[-8:] == words
     assert "a-secret" not in "\n".join(called)
     assert (bin_folder / "token").read_text() == "a-secret"
+
+
+def test_signals_reach_the_container(tmp_path: Path) -> None:
+    """The engine's client hears each of them and `remit launch` outlives it: its exit code comes back."""
+    bin_folder = engine(tmp_path / "bin", "docker")
+    heard = bin_folder / "heard"
+    names = ("USR1", "INT", "TERM")
+    traps = "".join(f"trap 'echo {name} >> {heard}' {name}\n" for name in names)
+    wait = f"touch {heard}\nwhile [ $(wc -l < {heard}) -lt 3 ]; do sleep 0.05; done\nexit 75\n"
+    (bin_folder / "docker").write_text(f"#!/bin/sh\n{traps}{wait}")
+    profile = tmp_path / "mine.toml"
+    profile.write_text('gpus_per_node = 1\n[container]\nimage = "remit:2"\n')
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(dump_toml(parse_recipe(settings(tmp_path, "run"))))
+    command = [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli", "launch", str(recipe)]
+    launched = subprocess.Popen(
+        [*command, "--on", f"docker:{profile}"],
+        env={**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"},
+        # Where the tests run in the background of a script it is ignored, and a shell cannot trap it then.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+    try:
+        wait_for(heard.exists, launched)
+        for count, name in enumerate(names, 1):
+            launched.send_signal(getattr(signal, f"SIG{name}"))
+            wait_for(lambda n=count: len(heard.read_text().split()) == n, launched)  # type: ignore[misc]
+        assert launched.wait(60) == 75
+    finally:
+        launched.kill()
+        with heard.open("a") as stream:  # so that a client that was left alone ends as well
+            stream.write("\n" * 3)
+    assert heard.read_text().split() == list(names)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, f"remit launch ended with {process.returncode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_no_container_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launch import status
-from launch.status import read_events, report
+from launch.status import end_of, read_events, report
 from remit_megatron.cli import main
 
 NOW = 1_800_000_000.0
@@ -80,7 +80,6 @@ def test_silence_is_remarked_on(run: Path) -> None:
     assert f"no word for 0:11:40: see the newest folder of {run / 'logs'}" in report(run, NOW)
     write(run, [(-4000, "77.2", "start", 200, ""), (-600, "77.2", "end", 250, "failed")], updated_unix_s=NOW - 700)
     assert "no word for" not in report(run, NOW), "the job has said that it ended"
-    assert "job         77.2 end: failed" in report(run, NOW)
 
 
 def test_before_the_first_step(run: Path) -> None:
@@ -111,8 +110,82 @@ def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == f"remit: {tmp_path}: no run here: name the folder that a recipe's `run` names\n"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"x"'])
-def test_a_damaged_status_is_named(text: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_start_that_ended_without_a_word_of_its_ranks(run: Path) -> None:
+    """The newest event tells, and not what status.json was left with: running, or the end of an earlier start."""
+    write(run, [(-4000, "77.2", "start", 200, ""), (-600, "77.2", "end", 250, "failed (exit code 1)")])
+    lines = report(run, NOW).splitlines()
+    assert lines[1:3] == [
+        "state       ended: failed (exit code 1)",
+        "job         77.2 end; its ranks had last said: running",
+    ]
+    events = [(-60, "78.0", "start", 300, "on n0"), (-50, "78.0", "requeue", 300, "preflight: n0")]
+    write(run, events, state="done", exit_code=0)
+    lines = report(run, NOW).splitlines()
+    assert lines[1:3] == [
+        "state       queued again: preflight: n0",
+        "job         78.0 requeue; its ranks had last said: done",
+    ]
+
+
+def test_a_last_word_of_the_ranks_stays(run: Path) -> None:
+    events = [(-4000, "77.2", "start", 200, ""), (-1, "77.2", "end", 300, "stopped on request (exit code 75)")]
+    write(run, events, state="stopped", exit_code=75)
+    lines = report(run, NOW).splitlines()
+    assert lines[1] == "state       stopped (exit code 75)"
+    assert "job         77.2 end: stopped on request (exit code 75)" in lines
+    write(run, [*events, (0, "77.3", "start", 300, "")], state="stopped", exit_code=75)
+    assert "state       stopped (exit code 75)" in report(run, NOW), "and nothing newer has ended"
+
+
+def test_a_start_that_failed_before_any_status(run: Path) -> None:
+    """`starting` is over once the job has said how it ended."""
+    start = (-10, "5.0", "start", -1, "on n0")
+    for name, says in (("end", "ended"), ("requeue", "queued again"), ("preempted", "preempted"), ("other", "other")):
+        write_events(run, [start, (-5, "5.0", name, -1, "no such corpus, in rank-1.log")])
+        assert report(run, NOW).splitlines()[1:3] == [
+            f"state       {says}: no such corpus, in rank-1.log",
+            f"job         5.0 {name}",
+        ]
+
+
+def test_the_exit_code_of_jobs(run: Path) -> None:
+    """Of the last of them that has ended, whatever another job on this folder ended with."""
+    write_events(
+        run,
+        [
+            (1, "5.0", "start", -1, "on n0"),
+            (2, "5.0", "requeue", -1, "hang (exit code 9)"),
+            (3, "5.1", "end", -1, "time limit: link 1/2 hands over (exit code 0)"),
+            (4, "6.0", "end", -1, "a mistake in recipe or input: x (exit code 2)"),
+            (5, "55.0", "end", -1, "done (exit code 3)"),
+            (6, "8.0", "end", -1, "cut by a full di"),
+        ],
+    )
+    events = read_events(run)
+    assert end_of(["5"], events) == 0
+    assert end_of(["5", "6"], events) == 2
+    assert end_of(["55"], events) == 3
+    assert end_of(["7"], events) is None
+    assert end_of(["8"], events) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '"x"', '{"step": "300"}', '{"total_steps": []}', '{"updated_unix_s": "now"}']
+)
+def test_a_damaged_status_is_a_remark(text: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the job itself wrote down is told all the same."""
+    write_events(run, [(-9, "5.0", "start", -1, ""), (-8, "5.0", "requeue", -1, "hang"), (-7, "5.1", "start", -1, "")])
     (run / "status.json").write_text(text)
-    assert main(["status", str(run)]) == 2
-    assert f"{run}/status.json" in capsys.readouterr().err
+    assert main(["status", str(run)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "state       starting: job 5.1"
+    assert said[2].startswith(f"            {run}/status.json: ")
+    assert said[3] == "restarts    1"
+    assert said[4].endswith("5.1 from the beginning: hang")
+
+
+def test_a_status_without_fields(run: Path) -> None:
+    (run / "status.json").write_text("{}")
+    assert report(run, NOW).splitlines()[1] == "state       unknown"
+    write(run, step=3, total_steps=None, tokens=None, loss=None, started_unix_s=None, updated_unix_s=None)
+    assert "step        3 of 0, 0 tokens" in report(run, NOW)

@@ -1,7 +1,7 @@
 """A real SLURM on 127.0.0.1: a controller, several virtual nodes with fake GPUs, munge. No systemd, no cgroups.
 
 Nodes come in pairs, so that tests run side by side: partition `pair0` has n0 and n1, `pair1` n2 and n3, and so on.
-`urgent0` has the nodes of `pair0`, and preempts it.
+`urgent0` has the nodes of `pair0`, and preempts it. So does it `abrupt0`, whose jobs get no time to save.
 """
 
 import contextlib
@@ -31,10 +31,13 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    """`root`: an empty folder for its configuration, state and logs."""
+    """`root`: an empty folder for its configuration, state and logs.
 
-    def __init__(self, root: Path):
-        self.root = root
+    Processes are told apart by the ids of their jobs: a second cluster counts from another `first_job`.
+    """
+
+    def __init__(self, root: Path, first_job: int = 1):
+        self.root, self.first_job = root, first_job
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "REMIT_"))},
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
@@ -101,6 +104,7 @@ class Cluster:
             "SlurmdTimeout=25",
             "KillWait=10",
             "MinJobAge=3600",
+            f"FirstJobId={self.first_job}",
             "ReturnToService=2",
             "PreemptType=preempt/partition_prio",
             "PreemptMode=REQUEUE",
@@ -114,6 +118,7 @@ class Cluster:
         for i in range(PAIRS):
             nodes = f"Nodes=n[{2 * i}-{2 * i + 1}] MaxTime=INFINITE State=UP"
             lines.append(f"PartitionName=pair{i} {nodes} PriorityTier=1 PreemptMode=REQUEUE GraceTime=60")
+            lines.append(f"PartitionName=abrupt{i} {nodes} PriorityTier=1 PreemptMode=REQUEUE")
             lines.append(f"PartitionName=urgent{i} {nodes} PriorityTier=10 PreemptMode=OFF")
         return "\n".join(lines) + "\n"
 
@@ -129,6 +134,15 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         self.run("slurmd", "-N", node)
+
+    @contextlib.contextmanager
+    def no_controller(self) -> Iterator[None]:
+        """Its daemon is away, and comes back with what it knew."""
+        _end(self.root / "slurmctld.pid")
+        try:
+            yield
+        finally:
+            self.run("slurmctld")
 
     @contextlib.contextmanager
     def node_setting(self, node: str, name: str, value: str) -> Iterator[None]:

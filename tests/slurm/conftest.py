@@ -88,7 +88,7 @@ def new_run(cluster: Cluster, pair: int, data: Path, tmp_path: Path) -> Iterator
         return run
 
     yield make
-    jobs = cluster.ask("squeue", "-h", "-o", "%i", "-p", f"pair{pair},urgent{pair}", check=False).split()
+    jobs = cluster.ask("squeue", "-h", "-o", "%i", "-p", f"pair{pair},abrupt{pair},urgent{pair}", check=False).split()
     if jobs:
         cluster.ask("scancel", *jobs, check=False)
 

@@ -1,5 +1,6 @@
 """What does not need a training run to its end: dry runs, plain sbatch, containers, a bad node, job arrays."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -170,6 +171,20 @@ def test_a_full_run_folder_ends_the_job(new_run: NewRun, cluster: Cluster, full_
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "1:0", "0")
     log = (full_disk / "run" / "logs" / f"{job}.log").read_text()
     assert "GB are free" in log, log
+
+
+def test_a_disk_without_a_free_byte_ends_the_job(new_run: NewRun, cluster: Cluster, full_disk: Path) -> None:
+    """Without its records nobody would count the restarts."""
+    run = new_run(**ONE_RANK)
+    folder = full_disk / "run"
+    job = run.submit("--set", f'run="{folder}"', nodes=1, profile={"preflight": True, "sbatch": ["--hold"]})
+    with contextlib.suppress(OSError), (full_disk / "filler").open("wb", buffering=0) as stream:
+        while stream.write(bytes(4096)):
+            pass
+    cluster.run("scontrol", "release", job)
+    end = run.wait_for_end(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "1:0", "0")
+    assert list((folder / "logs" / f"{job}.0").iterdir()) == [], "not even the preflight was started"
 
 
 def test_tokenize_array(pair: int, cluster: Cluster, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 Node names of this cluster resolve nowhere, as on some real ones, so every run also shows that ranks meet all the same.
 """
 
+import contextlib
 import os
+import secrets
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 
 from launch.status import report
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import STEPS, Run, has_pending
+from tests.slurm.jobs import STEPS, Run, has_pending, recipe_text
 from tests.train.runs import metrics
 
 pytestmark = pytest.mark.slurm
@@ -37,12 +39,14 @@ def check_done(run: Run, expected: list[dict[str, Any]]) -> None:
 
 
 def test_from_submission_to_done(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
-    """Two nodes of two ranks, followed, with a preflight and a secret that no file tells."""
-    run, secret = new_run(nproc=2), "f3a9-only-in-memory"
+    """Two nodes of two ranks, followed, with a preflight, modules, and a secret that no file tells."""
+    run, secret = new_run(nproc=2), secrets.token_hex(16)
     resolved = subprocess.run(["getent", "hosts", f"n{2 * run.pair}"])
     assert resolved.returncode != 0, "node names resolve here, so that this shows nothing about those that do not"
-    profile = {"preflight": True, "environment": {"pass": ["REMIT_TEST_KEY"], "set": {"GLOO_SOCKET_IFNAME": "lo"}}}
+    profile: dict[str, Any] = {"preflight": True, "modules": ["cuda/12.4"]}
+    profile["environment"] = {"pass": ["REMIT_TEST_KEY"], "set": {"GLOO_SOCKET_IFNAME": "lo"}}
     variables = {"REMIT_TEST_KEY": secret, "UNRELATED_PASSWORD": secret}
+    variables["BASH_FUNC_module%%"] = "() { echo the command module was called to $*\n}"
     said = run.launch("--follow", profile=profile, variables=variables).stdout
     check_done(run, undisturbed(4))
     assert run.names() == ["start", "end"]
@@ -58,6 +62,7 @@ def test_from_submission_to_done(new_run: NewRun, cluster: Cluster, undisturbed:
     )
     assert f"{STEPS} of {STEPS} (100.0%)" in said, "--follow ends with the report"
     assert f"{run.folder}: done" in said, "--follow shows rank 0's log"
+    assert said.count("the command module was called to load cuda/12.4\n") == 1, "the submitter's, in the job's shell"
     assert {"recipe.toml", "job.sbatch", "code.json", "code.diff", "environment.txt"} <= {
         path.name for path in run.folder.iterdir()
     }
@@ -110,6 +115,19 @@ def test_preemption(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed)
     check_done(run, undisturbed(2))
 
 
+def test_preemption_without_grace(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
+    """SLURM's default: it queues the job again by itself, at once, and the run goes on from what was saved before."""
+    run = new_run()
+    job = run.submit(profile={"partition": f"abrupt{run.pair}", "fruitless_restarts": 0})
+    run.wait_for_step(9)
+    urgent = submit_urgent(cluster, run.pair)
+    end = run.wait_for_end(job)
+    assert cluster.job(urgent)["JobState"] == "COMPLETED"
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
+    assert run.names() == ["start", "preempted", "start", "end"], run.story()
+    check_done(run, undisturbed(2))
+
+
 def test_a_job_cancelled_within_the_grace_stays_dead(new_run: NewRun, cluster: Cluster) -> None:
     run = new_run()
     job = run.submit()
@@ -147,8 +165,8 @@ def test_lost_node(which: int, new_run: NewRun, cluster: Cluster, undisturbed: U
     assert end["JobState"] == "COMPLETED"
     starts = [event for event in run.events if event.name == "start"]
     assert [event.step for event in starts[:2]] == [-1, 8], "from the newest checkpoint"
-    # Where the script lives, it finds the dead node, unless SLURM is first to miss it, and ends the job.
-    why = (f"lost {node}", "SLURM ends the job") if which else ("lost without a word",)
+    # Where the script lives, it finds the dead node, unless SLURM is first to miss it, and queues the job again.
+    why = (f"lost {node}", "a node is down") if which else ("lost without a word",)
     assert any(text in report(run.folder) for text in why), run.story()
     check_done(run, undisturbed(2))
 
@@ -171,13 +189,17 @@ def test_chain(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> N
     check_done(run, undisturbed(2))
 
 
-def test_a_failing_link_ends_the_chain(new_run: NewRun, cluster: Cluster, tmp_path: Path) -> None:
-    run = new_run()
-    command = ["bash", "slurm/chain.sh", "3", "-p", f"pair{run.pair}", "--output=/dev/null", "--wrap", "exit 3"]
-    jobs = cluster.ask(*command).split()
-    assert len(jobs) == 3
-    run.wait_for_end(jobs[2])
+def test_a_failing_link_ends_the_chain(new_run: NewRun, cluster: Cluster) -> None:
+    """No rank gets as far as a status: what one said is told all the same, with its log, and their code comes back."""
+    run = new_run(nproc=2, data={"train": [{"path": "/nowhere/corpus"}]})
+    followed = run.launch("--chain", "3", "--follow", nodes=1, expect=2).stdout
+    jobs = followed.partition(": job ")[2].partition(" submitted")[0].split(", ")
     assert [cluster.job(job)["JobState"] for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert run.names() == ["start", "end"], run.story()
+    state = next(line for line in report(run.folder).splitlines() if line.startswith("state "))
+    assert state.startswith("state       ended: a mistake in recipe or input: /nowhere/corpus.idx: no such file")
+    log = state.rpartition(", in ")[2].removesuffix(" (exit code 2)")
+    assert "remit: /nowhere/corpus.idx: no such file" in Path(log).read_text()
 
 
 def test_crash_loop_ends(new_run: NewRun, cluster: Cluster) -> None:
@@ -251,9 +273,73 @@ def test_torchrun(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -
     check_done(run, undisturbed(2))
 
 
+def test_torchrun_with_a_killed_rank(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
+    """Only the agent's log says that a rank was killed, as one is that takes too much memory: the job goes on."""
+    run = new_run()
+    job = run.submit(profile={"launcher": "torchrun"})
+    run.wait_for_step(9)
+    with run.paused(job) as ranks:
+        os.kill(ranks[0], signal.SIGKILL)
+    end = run.wait_for_end(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
+    assert run.names() == ["start", "requeue", "start", "end"]
+    assert run.events[1].detail.startswith("a rank was killed by signal 9, see ")
+    assert run.events[2].step == 8
+    check_done(run, undisturbed(2))
+
+
+@pytest.fixture
+def own_cluster(shared: Path) -> Iterator[Cluster]:
+    """One whose controller a test may take away from it, and from nobody else."""
+    cluster = Cluster(shared / "own-slurm", first_job=1_000_000)
+    try:
+        cluster.root.mkdir()
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
+
+
+def test_a_controller_that_is_away(own_cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """At the time limit nobody answers the job: it asks again, and goes on when the controller is back."""
+    run = Run(own_cluster, tmp_path / "run", pair=0)
+    run.recipe.write_text(recipe_text(data, run.folder, parallel={"tensor": 1}))
+    job = run.submit(nodes=1)
+    run.wait_for_step(3)
+    with run.paused(job) as ranks:
+        own_cluster.run("scancel", "--signal=USR1", "--batch", job)
+        run.wait(lambda: all(has_pending(pid, signal.SIGUSR1) for pid in ranks), "the rank got no signal")
+        stack = contextlib.ExitStack()
+        stack.enter_context(own_cluster.no_controller())
+    with stack:
+        asked: set[int] = set()
+
+        def twice_or_over() -> bool:
+            asked.update(questions(job))
+            return len(asked) > 1 or run.names()[-1] == "end"
+
+        run.wait(twice_or_over, "the job did not ask again")
+    end = run.wait_for_end(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
+    assert run.names() == ["start", "requeue", "start", "end"]
+    assert run.events[1].detail == "time limit"
+    assert (run.folder / "DONE").read_text() == f"step {STEPS}\n"
+
+
 def submit_urgent(cluster: Cluster, pair: int) -> str:
     command = ["sbatch", "--parsable", "-p", f"urgent{pair}", "--nodes=2", "--exclusive", "--output=/dev/null"]
     return cluster.ask(*command, "--wrap", "sleep 1")
+
+
+def questions(job: str) -> set[int]:
+    """Process ids of what the job's script now asks the controller with."""
+    wanted, found = f"SLURM_JOB_ID={job}".encode(), set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            asks = entry.name.isdigit() and (entry / "comm").read_text() == "scontrol\n"
+            if asks and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.add(int(entry.name))
+    return found
 
 
 def batch_script(job: str) -> int:

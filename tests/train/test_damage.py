@@ -85,6 +85,17 @@ def test_a_pointer_to_nothing(folder: Path, outcomes: dict[str, Any], tmp_path: 
     assert len(list(checkpoints.folder.iterdir())) == 3
 
 
+def test_a_pointer_that_is_no_file(tmp_path: Path) -> None:
+    """As when somebody links `latest` to a checkpoint: it is named, with the remedy, and a link to nothing too."""
+    folder = CheckpointFolder(tmp_path, keep=1)
+    (tmp_path / NEWEST).mkdir()
+    for target in (NEWEST, "nowhere"):
+        (tmp_path / "latest").symlink_to(target)
+        with pytest.raises(DamagedError, match=rf"{tmp_path}/latest cannot be read \(.*\): write the newest"):
+            folder.latest()
+        (tmp_path / "latest").unlink()
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_found(folder: Path, outcomes: dict[str, Any], tmp_path: Path, name: str) -> None:
     damage, message = DAMAGES[name]
@@ -157,6 +168,26 @@ def test_retention_keeps_the_last_good_one(tmp_path: Path) -> None:
     assert not saved[1].exists()
     assert later.exists()
     assert last.exists()
+
+
+def test_retention_does_not_follow_a_link(tmp_path: Path) -> None:
+    """To another disk, where a user has moved a checkpoint: the link goes and what it names stays."""
+    folder, moved = CheckpointFolder(tmp_path / "checkpoints", keep=1), tmp_path / "moved"
+
+    def save(step: int) -> Path:
+        partial = folder.begin(step)
+        (partial / "__0_0.distcp").write_bytes(bytes(100))
+        checksums.write(partial, checksums.of_files([partial / "__0_0.distcp"]))
+        return folder.commit(Meta(shape={}, step=step))
+
+    first = save(1)
+    os.rename(first, moved)
+    first.symlink_to(moved)
+    assert folder.latest() == first
+    second = save(2)
+    assert sorted(path.name for path in folder.folder.iterdir()) == ["latest", second.name]
+    assert checksums.problems(moved, checksums.read(moved), content=True) == []
+    assert (moved / "meta.json").exists()
 
 
 class Payload:

@@ -129,6 +129,13 @@ def test_a_restart_goes_on_in_the_same_run(
     assert history_of(whole).keys() == set(range(1, 13))
     assert cli.main(["sync-wandb", str(folder)]) == 2
 
+    # An id that is given needs no checkpoint, not even a readable one.
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints" / "latest").mkdir(parents=True)
+    assert cli.main(["sync-wandb", str(run), "--offline"]) == 2
+    assert cli.main(["sync-wandb", str(run), "--offline", "--id", "given"]) == 0
+    assert list(run.glob("wandb/offline-run-*/run-given.wandb"))
+
 
 def test_without_a_network_it_is_kept_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
