@@ -14,7 +14,7 @@ from data_prep.merge import merge
 from data_prep.mix import build_indices, mix, table
 from data_prep.select import difference_sampling, select
 from data_prep.tokenize import TokenizeSettings, tokenize
-from data_prep.writer import write_dataset
+from data_prep.writer import DatasetWriter, write_dataset
 from remit_megatron.cli import main
 from remit_megatron.config import Recipe, parse_recipe
 from remit_megatron.data.indexed import bin_path, open_index
@@ -252,6 +252,18 @@ def test_select_by_tokens(tmp_path: Path) -> None:
     assert 0.5 < report["kept"]["tokens"] / data.num_tokens <= 0.6
     chosen = open_index(tmp_path / "t")
     assert np.array_equal(chosen.tokens, np.concatenate([data.document(n) for n in kept]))
+
+
+def test_select_with_empty_documents(tmp_path: Path) -> None:
+    """They have no score, and do not take a neighbour's; wherever they stand, the last place too."""
+    tokens, lengths = np.arange(9), np.array([0, 3, 0, 4, 2, 0])
+    writer = DatasetWriter(str(tmp_path / "a"), vocab_size=20)
+    writer.append(tokens, lengths)
+    writer.commit()
+    small = save_scores(tmp_path / "s.npy", np.array([1.0, 1, 1, 9, 9, 9, 9, 5, 5]))
+    large = save_scores(tmp_path / "l.npy", np.zeros(9))
+    select(str(tmp_path / "a"), large=large, small=small, keep=0.35, output=str(tmp_path / "t"))
+    assert open_index(tmp_path / "t").tokens.tolist() == [3, 4, 5, 6, 7, 8]
 
 
 def test_select_refusals(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from remit_megatron.config import parse_recipe
 from remit_megatron.errors import UserError
 from remit_megatron.train.check import check_recipe
+from remit_megatron.train.models import make_plan
 from tests.hf import tiny
 from tests.ranks import run_ranks
 from tests.train import runs
@@ -52,6 +53,12 @@ def import_pairs(rank: int, folder: str, names: list[str]) -> None:
     (root / "checkpoint").mkdir()
     for name in names:
         import_folder(root / "hf" / name, root / "checkpoint" / name, quiet=True)
+
+
+def import_rounded(rank: int, source: str, target: str) -> None:
+    from remit_megatron.convert.importer import import_folder
+
+    import_folder(Path(source), Path(target), torch.bfloat16, quiet=True)
 
 
 def train(rank: int, folder: str) -> dict[str, list[dict[str, torch.Tensor]]]:
@@ -164,6 +171,19 @@ def test_converted_once(root: Path, samples: dict[str, Any]) -> None:
     assert len(cached) == 2
     sources = {json.loads((folder / "meta.json").read_text())["origin"]["source"] for folder in cached}
     assert sources == {str(root / "hf" / f"{DIRECT} {role}") for role in ("student", "reference")}
+
+
+def test_a_reference_is_known_by_its_weights(root: Path, tmp_path: Path) -> None:
+    """Scores made with a folder serve its copy elsewhere, and not the same folder rounded to another type."""
+    settings = recipe(root, DIRECT) | {"run": str(tmp_path / "new")}
+    folder = Path(settings["reference"]["path"])
+    shutil.copytree(folder, tmp_path / "copy")
+    run_ranks(1, import_rounded, str(folder), str(tmp_path / "rounded"))
+    identities = []
+    for path in (folder, tmp_path / "copy", tmp_path / "rounded"):
+        settings["reference"]["path"] = str(path)
+        identities.append(make_plan(parse_recipe(settings), "cpu").reference_identity)
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_an_incomplete_folder_is_seen_by_check(root: Path, tmp_path: Path) -> None:
