@@ -108,8 +108,8 @@ def test_preemption(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed)
         urgent = submit_urgent(cluster, run.pair)
         run.wait(lambda: cluster.job(job)["PreemptTime"] != "None", "SLURM did not preempt")
     end = run.wait_for_end(job)
-    assert cluster.job(urgent)["JobState"] == "COMPLETED"
-    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1")
+    run.wait(lambda: cluster.job(urgent)["JobState"] == "COMPLETED", "the urgent job did not run")
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
     assert run.names() == ["start", "preempted", "requeue", "start", "end"], run.story()
     assert 3 <= run.events[2].step < STEPS
     check_done(run, undisturbed(2))
@@ -122,7 +122,7 @@ def test_preemption_without_grace(new_run: NewRun, cluster: Cluster, undisturbed
     run.wait_for_step(9)
     urgent = submit_urgent(cluster, run.pair)
     end = run.wait_for_end(job)
-    assert cluster.job(urgent)["JobState"] == "COMPLETED"
+    run.wait(lambda: cluster.job(urgent)["JobState"] == "COMPLETED", "the urgent job did not run")
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
     assert run.names() == ["start", "preempted", "start", "end"], run.story()
     check_done(run, undisturbed(2))
