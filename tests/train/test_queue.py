@@ -169,6 +169,15 @@ def test_queued_is_online_in_any_layout(folder: Path) -> None:
         assert f"needs other scores than this recipe's: {word}" in message
 
 
+def test_a_second_run_on_one_folder_is_refused(folder: Path) -> None:
+    shared = folder / "shared queue"
+    shared.mkdir()
+    with locked(shared / RUN_LOCK):  # as the first run holds it
+        ((code, message),) = run_ranks(1, train_all, [queued(folder, "second", {"folder": str(shared)})])[0]
+    assert code == 2
+    assert f"another run uses {shared}" in message
+
+
 def fill_and_go_on(rank: int, first: Any, second: Any) -> list[tuple[int, str]]:
     """A run that leaves scores on disk, then a longer one beside a scorer, whose scores are all 2 nats."""
     from remit_megatron.reference import cache
