@@ -33,11 +33,12 @@ test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-slurm: setup
-	bash tests/slurm/packages.sh
+	bash tests/packages.sh "slurmctld slurmd sbatch munged gcc shellcheck /usr/include/slurm/spank.h" \
+		slurmctld slurmd slurm-client munge libslurm-dev gcc shellcheck
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m slurm -n 3 --dist worksteal
 
 test-image: setup
-	bash tests/image/packages.sh
+	bash tests/packages.sh "buildah debootstrap" buildah debootstrap || true  # the test says why it is skipped
 	$(BIN)/python -m pytest -rs -m image tests/image
 
 bench: setup

@@ -126,9 +126,8 @@ def _document_means(values: np.ndarray, indexed: IndexedTokens) -> np.ndarray:
         there = ends > offsets  # an empty document has no score; reduceat would give it its neighbour's
         chunk = np.full(len(ends), np.nan)
         with np.errstate(invalid="ignore"):
-            sums = np.add.reduceat(np.where(scored, part, 0.0), offsets[there]) if there.any() else np.empty(0)
-            counts = np.add.reduceat(scored.astype(np.int64), offsets[there]) if there.any() else np.empty(0)
-            chunk[there] = sums / counts
+            sums = np.add.reduceat(np.where(scored, part, 0.0), offsets[there])
+            chunk[there] = sums / np.add.reduceat(scored.astype(np.int64), offsets[there])
         means[start : start + len(ends)] = chunk
     return means
 

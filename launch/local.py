@@ -81,7 +81,7 @@ def run_client(command: list[str], environment: Mapping[str, str]) -> int:
         command,
         env=environment,
         start_new_session=True,
-        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, held) and None,
+        preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_SETMASK, held),
     )
     before = {n: signal.signal(n, lambda number, frame: client.send_signal(number)) for n in numbers}
     signal.pthread_sigmask(signal.SIG_SETMASK, held)

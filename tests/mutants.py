@@ -91,15 +91,15 @@ MUTANTS = (
     Mutant(
         "shard: own statistics first",
         SHARD,
-        "gathered = list(flat.view(size, *stats.shape).unbind(0))",
-        "gathered = list(flat.view(size, *stats.shape).roll(dist.get_rank(shard.tp_group), 0).unbind(0))",
+        "return flat.view(size, *values.shape)",
+        "return flat.view(size, *values.shape).roll(dist.get_rank(self.tp_group), 0)",
         RANKS,
     ),
     Mutant(
         "shard: two collectives",
         SHARD,
-        "        gathered = list(flat",
-        "        dist.barrier(group=shard.tp_group)\n        gathered = list(flat",
+        "        return flat.view(size",
+        "        dist.barrier(group=self.tp_group)\n        return flat.view(size",
         RANKS,
     ),
     Mutant(

@@ -29,6 +29,15 @@ class Shard:
         first = rank * num_local
         return cls(first, num_local, max(0, min(num_local, valid_vocab - first)), valid_vocab, tp_group)
 
+    def of_all_ranks(self, values: Tensor) -> Tensor:
+        """This rank's [...] -> [ranks, ...] in their order. One all-gather where the vocabulary is sharded."""
+        size = 1 if self.tp_group is None else dist.get_world_size(self.tp_group)
+        if size == 1:
+            return values[None]
+        flat = torch.empty(size * values.numel(), dtype=values.dtype, device=values.device)
+        dist.all_gather_into_tensor(flat, values.flatten(), group=self.tp_group)
+        return flat.view(size, *values.shape)
+
 
 def check_labels(logits: Tensor, labels: Tensor) -> None:
     """Shapes and types only: looking at values would wait for the device."""
@@ -44,13 +53,7 @@ def combine_stats(stats: Tensor, labels: Tensor, shard: Shard) -> tuple[Tensor, 
     (0 where another rank owns the label). One all-gather over the tensor-parallel group, combined in rank order, so
     all ranks hold the same bits. The NLL of an ignored label is 0; of any other label outside [0, valid_vocab), NaN.
     """
-    gathered = [stats]
-    if shard.tp_group is not None and dist.get_world_size(shard.tp_group) > 1:
-        size = dist.get_world_size(shard.tp_group)
-        flat = torch.empty(size * stats.numel(), dtype=stats.dtype, device=stats.device)
-        dist.all_gather_into_tensor(flat, stats.flatten(), group=shard.tp_group)
-        gathered = list(flat.view(size, *stats.shape).unbind(0))
-
+    gathered = shard.of_all_ranks(stats).unbind(0)
     lse, target = gathered[0].unbind(0)
     if len(gathered) > 1:
         largest = torch.stack([one[0] for one in gathered]).amax(dim=0)
