@@ -202,15 +202,21 @@ class ScoreCache:
     ) -> "ScoreCache":
         """Open for a run whose scores would have the manifest `wanted`.
 
-        Its sources may be some of the cache's, in any order. Raises UserError naming what differs and, with `verify`, a
-        block that is missing or damaged, or saturation.
+        Its sources may be some of the cache's, in any order, and others may go on with the cache meanwhile: what counts
+        is what this run needs. Raises UserError naming what differs and, with `verify`, a block that is missing or
+        damaged, or saturation.
         """
         found = CacheManifest.read(folder, key)
         check_same(found, wanted, folder, key, sources=False)
         cache = ScoreCache(folder, found, key)
+        cache._sources = [cache._source_of(i, one) for i, one in enumerate(wanted.sources)]
+        needed = [0] * len(found.sources)
+        for source, one in zip(cache._sources, wanted.sources, strict=True):
+            needed[source] = max(needed[source], one.samples)
+        sources = [one.model_copy(update={"samples": n}) for one, n in zip(found.sources, needed, strict=True)]
+        cache.manifest = found.model_copy(update={"sources": tuple(sources)})
         if verify:
             cache._check_blocks()
-        cache._sources = [cache._source_of(i, one) for i, one in enumerate(wanted.sources)]
         return cache
 
     def scores(self, source: int, number: int) -> np.ndarray:

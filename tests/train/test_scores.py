@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from remit_megatron.config import parse_recipe
-from remit_megatron.errors import RemitError, RunError
-from remit_megatron.reference.cache import HEADER, CacheManifest, ScoreCache, SourceScores, blocks_of
+from remit_megatron.errors import RemitError
+from remit_megatron.reference.cache import HEADER, CacheManifest, ScoreCache, blocks_of
 from remit_megatron.train.checkpoint import read_meta, write_meta
 from tests.ranks import run_ranks
 from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all
@@ -352,47 +352,3 @@ def test_each_misfit_is_refused_by_name(folder: Path, scores: Path) -> None:
     ]
     assert not problems, "\n".join(problems)
     assert not (folder / run).exists(), "a refused run wrote something"
-
-
-def test_tokenizer_and_growth(tmp_path: Path) -> None:
-    """A cache of another tokenizer is refused; one with fewer samples grows, and keeps what it has."""
-    manifest = CacheManifest(
-        reference="r",
-        precision="fp32",
-        tokenizer="a",
-        sequence_length=4,
-        data_seed=1,
-        document_mask=False,
-        eod_mask_loss=False,
-        eod_id=None,
-        block_samples=3,
-        sources=(SourceScores(fingerprint="d", samples=4), SourceScores(fingerprint="e", samples=0)),
-    )
-    cache = ScoreCache.begin(tmp_path, manifest, "--output")
-    for block in blocks_of(manifest):
-        steps = np.arange(block.samples * 4, dtype=np.int32).reshape(-1, 4) + block.first
-        cache.write_block(block, steps, np.ones_like(steps))
-    with pytest.raises(RemitError, match="the tokenizer was a when they were made, this recipe has b"):
-        ScoreCache.open(tmp_path, manifest.model_copy(update={"tokenizer": "b"}))
-    with pytest.raises(RunError, match="sample 3, position 1 of source 0 is not a number"):
-        cache.write_block(blocks_of(manifest)[1], np.array([[1, -1, 2, 3]]), np.ones((1, 4)))
-
-    swapped = manifest.model_copy(update={"sources": manifest.sources[::-1]})
-    assert ScoreCache.open(tmp_path, swapped).scores(1, 3).tolist() == [x / 2048 for x in (3, 4, 5, 6)]
-    more = manifest.model_copy(update={"sources": (SourceScores(fingerprint="d", samples=5), manifest.sources[1])})
-    grown = ScoreCache.begin(tmp_path, more, "--output")
-    assert [grown.is_whole(block) for block in blocks_of(grown.manifest)] == [True, False]
-    reading = ScoreCache.open(tmp_path, manifest)
-    last = blocks_of(grown.manifest)[1]
-    grown.write_block(last, np.array([[3, 4, 5, 6], [7, 8, 9, 10]]), np.ones((2, 4)))
-    assert reading.scores(0, 3).tolist() == [x / 2048 for x in (3, 4, 5, 6)], "others may go on with what one reads"
-    assert reading.saturated_share() == 0
-    twice = (SourceScores(fingerprint="d", samples=2), SourceScores(fingerprint="d", samples=4))
-    ScoreCache.begin(tmp_path / "twice", manifest.model_copy(update={"sources": twice}), "--output")
-    for first in (twice, twice[::-1]):  # one dataset named twice: the scores are the same
-        named = ScoreCache.open(tmp_path / "twice", manifest.model_copy(update={"sources": first}), verify=False)
-        assert named._sources == [1, 1]
-    fewer = ScoreCache.begin(tmp_path, manifest, "--output")
-    assert fewer.manifest.sources[0].samples == 5
-    with fewer.writing_shard(0, 2), pytest.raises(RemitError, match="another process"), grown.writing_shard(0, 2):
-        raise AssertionError("two processes write one shard")
