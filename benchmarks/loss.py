@@ -26,9 +26,11 @@ from torch import Tensor
 from benchmarks.loss_providers import NLL, PROVIDERS, reader
 from remit_megatron.errors import RemitError, RunError, UserError
 from remit_megatron.ops import reference
+from remit_megatron.ops.fp8 import quantise_rows
+from remit_megatron.ops.implementation import describe_implementation
 from remit_megatron.ops.linear_nll import linear_nll
 from remit_megatron.ops.shard import Shard, combine_stats
-from remit_megatron.ops.token_nll import describe_implementation, select_kernels, token_nll
+from remit_megatron.ops.token_nll import select_kernels, token_nll
 from remit_megatron.ops.weights import remit_weights
 
 LIMITS = {
@@ -126,13 +128,14 @@ def make_head(setting: Setting) -> tuple[Tensor, Tensor]:
 
 
 def make_parts(setting: Setting) -> dict[str, Callable[[], Any]]:
-    """The two passes, the whole weighted loss and the reference's head."""
+    """The two passes, the whole weighted loss, the reference's head, and the rounding of a layer's widest input."""
     shard = Shard.of(setting.vocab, None, None)
     kernels = select_kernels("auto", setting.device)
     scratch, labels = setting.logits.clone(), setting.labels
     lse, _ = combine_stats(kernels.local_stats(setting.logits, labels, shard), labels, shard)
     hidden, head = make_head(setting)
     ref_nll = setting.ref_nll[None]
+    activations = hidden.repeat(1, 4)
 
     def whole_loss() -> None:
         nll = token_nll(as_intermediate(scratch), labels)[None]
@@ -143,6 +146,8 @@ def make_parts(setting: Setting) -> dict[str, Callable[[], Any]]:
         "gradient": lambda: kernels.write_gradient(scratch, labels, lse, setting.weights, shard, scratch),
         "whole loss": whole_loss,
         "chunked head NLL": lambda: linear_nll(hidden, head, labels, chunk_tokens=setting.chunk_tokens),
+        "FP8 rows": lambda: quantise_rows(activations),
+        "FP8 rows by torch": lambda: quantise_rows(activations, implementation="torch"),
     }
 
 

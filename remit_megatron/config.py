@@ -203,7 +203,7 @@ class Compute(Section):
     recompute: Literal["none", "full"] = "none"
     """`full` keeps one activation a layer and computes the rest again in backward."""
     loss_implementation: Literal["auto", "torch", "triton"] = "auto"
-    """Of the token NLL; `remit doctor` says what auto is here."""
+    """Of the token NLL and of FP8 rounding; `remit doctor` says what auto is here."""
     loss_head: Literal["logits", "sequence_chunks"] = "logits"
     """`sequence_chunks` forms the student's logits one sample at a time, so [s, b, V] never exists: for long contexts.
     Its gradients are formed in forward, and the head's is rounded once a sample."""

@@ -25,6 +25,8 @@ OBJECTIVES = ("tests/objectives",)
 INTERPRETED = ("tests/ops/interpreted.py", "-k", "not tensor_parallel")
 INTERPRETED_RANKS = ("tests/ops/interpreted.py", "-k", "tensor_parallel")
 COMPILED = ("tests/ops/test_triton.py", "-k", "not interpreter")
+FP8 = ("tests/ops/test_fp8.py",)
+INTERPRETED_FP8 = ("tests/ops/interpreted_fp8.py",)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Mutant:
 
 
 TORCH, TRITON, SHARD = "ops/token_nll.py", "ops/token_nll_triton.py", "ops/shard.py"
+FP8_FILE, FP8_TRITON = "ops/fp8.py", "ops/fp8_triton.py"
 WEIGHTS_FILE, LINEAR_LOSS_FILE = "ops/weights.py", "ops/linear_loss.py"
 
 MUTANTS = (
@@ -288,6 +291,21 @@ MUTANTS = (
         "x = tl.load(X + (i + columns).to(tl.int64), mask=(i + columns) < num_valid)",
         COMPILED,
     ),
+    Mutant("fp8: 448 itself is too large", FP8_FILE, "> LARGEST_MANTISSA", ">= LARGEST_MANTISSA", FP8),
+    Mutant("fp8: half of the range", FP8_FILE, "over.int()).clamp_min", "1).clamp_min", FP8),
+    Mutant("fp8: an infinity is a number", FP8_FILE, ".masked_fill(exponent == 255, torch.nan)", "", FP8),
+    Mutant("fp8: no smallest scale", FP8_FILE, ".clamp_min(1)", ".clamp_min(-9)", FP8),
+    Mutant("fp8 triton: 449 is not too large", FP8_TRITON, "> 0x600000", "> 0x700000", INTERPRETED_FP8),
+    Mutant("fp8 triton: sign lost in the largest", FP8_TRITON, "tl.abs(x), 0", "x, 0", INTERPRETED_FP8),
+    Mutant(
+        "fp8 triton: an infinity is a number",
+        FP8_TRITON,
+        'tl.where(exponent == 255, float("nan"), scale)',
+        "scale",
+        INTERPRETED_FP8,
+    ),
+    Mutant("fp8 triton: row stride ignored", FP8_TRITON, "r * stride_row", "r * num_columns", INTERPRETED_FP8),
+    Mutant("fp8 triton: narrow loads", FP8_TRITON, "block // COLUMNS_PER_WARP", "block // 128", COMPILED),
 )
 
 
@@ -302,7 +320,7 @@ def apply(mutant: Mutant, folder: Path) -> None:
 def tests_pass(folder: Path, tests: tuple[str, ...]) -> bool:
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    if tests[0] == INTERPRETED[0]:
+    if tests[0] in (INTERPRETED[0], INTERPRETED_FP8[0]):
         environment["TRITON_INTERPRET"] = "1"
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
     # Below 0: ended by a signal, as a load past the end may do. Anything else: the tests did not run.

@@ -1,7 +1,7 @@
 """FP8 linears for a frozen model: e4m3 with a scale for each token and each output row, and a product by torch.
 
-Scales are powers of two, so scaling is exact in any floating-point type, and a number is rounded once, to 4 bits. Only
-Megatron's parallel linears inside the layers change; norms, attention, the head and whatever else stay as they are.
+Only Megatron's parallel linears inside the layers change; norms, attention, the head and whatever else stay as they
+are.
 """
 
 import contextlib
@@ -15,32 +15,22 @@ from torch import Tensor
 
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.compat import describe_fp8
-
-LARGEST_E4M3 = 448.0
-
-
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [n, k] bfloat16 or float32 -> (e4m3 [n, k], scale [n, 1] float32) with x = e4m3 * scale, up to rounding.
-
-    The scale of a row is the smallest power of two, or twice it, that brings the row's largest number within e4m3.
-    """
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
-    exponent = torch.frexp(largest / LARGEST_E4M3).exponent
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    return (x * scale.reciprocal().to(x.dtype)).to(torch.float8_e4m3fn), scale
+from remit_megatron.ops.fp8 import quantise_rows
+from remit_megatron.ops.implementation import Implementation
 
 
 class Fp8Product:
     """Takes the place of a frozen Megatron linear's matrix product; its weight is quantised once, here."""
 
-    def __init__(self, linear: Any, name: str):
+    def __init__(self, linear: Any, name: str, implementation: Implementation):
         rows, columns = linear.weight.shape
         if rows % 16 or columns % 16:
             raise UserError(
                 f"reference.precision = 'fp8': {name} is {rows} x {columns} on each rank, and FP8 products need "
                 "multiples of 16: lower parallel.tensor, or use precision = 'same'"
             )
-        quantised, scale = quantise_rows(linear.weight.detach())
+        self.implementation = implementation
+        quantised, scale = quantise_rows(linear.weight.detach(), implementation=implementation)
         self.weight, self.scale = quantised.t(), scale.t()
         self.original = linear._forward_impl
         self.enabled = True
@@ -53,14 +43,18 @@ class Fp8Product:
             input = gather_from_sequence_parallel_region(
                 input, tensor_parallel_output_grad=False, group=settings["tp_group"]
             )
-        x, scale = quantise_rows(input.flatten(0, -2))
+        x, scale = quantise_rows(input.flatten(0, -2), implementation=self.implementation)
         out = torch._scaled_mm(x, self.weight, scale, self.scale, out_dtype=input.dtype, use_fast_accum=True)
         out = out.view(*input.shape[:-1], -1)
         return out if settings["bias"] is None else out + settings["bias"]
 
 
-def quantise(chunks: list[Any], device: torch.device, dtype: torch.dtype) -> list[Fp8Product]:
+def quantise(
+    chunks: list[Any], device: torch.device, dtype: torch.dtype, implementation: Implementation = "auto"
+) -> list[Fp8Product]:
     """Let the linears of a frozen model's layers multiply in FP8. The weights themselves stay, unchanged.
+
+    implementation: of the quantisation, see `quantise_rows`.
 
     Returns the products that were put in. Raises UserError where FP8 cannot run, for weights whose sizes are no
     multiples of 16, and for a model without Megatron's own linears (Transformer Engine's).
@@ -74,7 +68,7 @@ def quantise(chunks: list[Any], device: torch.device, dtype: torch.dtype) -> lis
     for chunk in chunks:
         for name, module in chunk.named_modules():
             if isinstance(module, ColumnParallelLinear | RowParallelLinear) and "output_layer" not in name:
-                module._forward_impl = Fp8Product(module, name)
+                module._forward_impl = Fp8Product(module, name, implementation)
                 products.append(module._forward_impl)
     if not products:
         raise UserError("reference.precision = 'fp8' needs model.implementation = 'local': found no linear to convert")

@@ -17,6 +17,7 @@ from remit_megatron.mcore import compat
 from remit_megatron.mcore.families import layer_spec
 from remit_megatron.mcore.loss_hook import RemitGPTModel
 from remit_megatron.mcore.norm import RMSNorm
+from remit_megatron.ops.implementation import Implementation
 from remit_megatron.shape import ModelShape, check_layout
 
 
@@ -34,7 +35,7 @@ class Build:
     """False: weights are left as allocated, for a model that is about to be filled."""
     loss_head: str = "logits"
     """Of a student; see RemitGPTModel."""
-    loss_implementation: str = "auto"
+    loss_implementation: Implementation = "auto"
     head_chunk_tokens: int = 2048
 
 

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from remit_megatron.ops.implementation import Implementation
 from remit_megatron.ops.shard import Shard, combine_stats, gradient_coefficient
-from remit_megatron.ops.token_nll import Implementation, Kernels, select_kernels
+from remit_megatron.ops.token_nll import Kernels, select_kernels
 
 SequenceLoss = Callable[[int, Tensor], Tensor]
 """(sample i, its NLL [1, s] float32 as a leaf with gradient) -> that sample's loss sum, a scalar."""

@@ -4,8 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from remit_megatron.ops.implementation import Implementation
 from remit_megatron.ops.shard import Shard, combine_stats
-from remit_megatron.ops.token_nll import Implementation, local_stats
+from remit_megatron.ops.token_nll import local_stats
 
 
 @torch.no_grad()

@@ -1,19 +1,16 @@
 """Token NLL over a vocabulary sharded by tensor parallelism: one read of the logits forward, one pass backward."""
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from remit_megatron.errors import UserError
+from remit_megatron.ops.implementation import Implementation, triton_kernels
 from remit_megatron.ops.shard import Shard, check_labels, combine_stats, gradient_coefficient
-
-Implementation = Literal["auto", "torch", "triton"]
 
 MIN_PIECE_ELEMENTS = 2**18
 MAX_PIECE_ELEMENTS = 2**24
@@ -78,34 +75,12 @@ def local_stats(logits: Tensor, labels: Tensor, shard: Shard, *, implementation:
     return select_kernels(implementation, logits.device.type).local_stats(logits, labels, shard)
 
 
-def describe_implementation(device_type: str) -> tuple[str, str]:
-    """What "auto" means on a device ("cpu", "cuda"): the implementation's name, or "none", and the reason."""
-    if device_type != "cuda":
-        return "torch", f"the Triton kernels are for CUDA, and the device is {device_type}"
-    if importlib.util.find_spec("triton") is None:
-        return "none", "triton is not installed: pip install triton, or choose implementation 'torch' by name"
-    return "triton", "the device is cuda and triton is installed"
-
-
 def select_kernels(implementation: Implementation, device_type: str) -> Kernels:
     """The implementation by name. Raises UserError where it cannot run: nothing else is taken in its place."""
-    assert implementation in ("auto", "torch", "triton"), f"unknown implementation '{implementation}'"
-    name: str = implementation
-    if name == "auto":
-        name, reason = describe_implementation(device_type)
-        if name == "none":
-            raise UserError(f"token_nll has no implementation on {device_type}: {reason}")
-    if name == "torch":
+    kernels = triton_kernels(implementation, device_type, "token_nll_triton")
+    if kernels is None:
         return Kernels(torch_local_stats, torch_write_gradient)
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("implementation 'triton' was asked for, but triton is not installed: pip install triton")
-    from remit_megatron.ops import token_nll_triton  # imports triton, which a machine without it must not meet
-
-    if device_type != "cuda" and not token_nll_triton.INTERPRETED:
-        raise UserError(
-            f"implementation 'triton' cannot run on {device_type}: use 'torch', or set TRITON_INTERPRET=1 to test"
-        )
-    return Kernels(token_nll_triton.local_stats, token_nll_triton.write_gradient)
+    return Kernels(kernels.local_stats, kernels.write_gradient)
 
 
 class _TokenNLL(torch.autograd.Function):

@@ -6,7 +6,6 @@ a CUDA graph.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from remit_megatron.ops.implementation import device_of
 from remit_megatron.ops.shard import Shard
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -150,7 +150,7 @@ def local_stats(logits: Tensor, labels: Tensor, shard: Shard) -> Tensor:
     stats = torch.empty(2, *labels.shape, dtype=torch.float32, device=logits.device)
     flat_labels, flat_stats = labels.view(-1), stats.view(2, -1)
     columns_per_lane = 16 // logits.element_size()
-    with _device_of(logits):
+    with device_of(logits):
         for rows in _launches(logits, logits, 0):
             own = slice(rows.first_row, rows.first_row + rows.num_rows)
             token_stats_kernel[(rows.num_rows,)](
@@ -175,7 +175,7 @@ def write_gradient(logits: Tensor, labels: Tensor, lse: Tensor, coefficient: Ten
     flat_labels, flat_lse, flat_coefficient = (x.contiguous().view(-1) for x in (labels, lse, coefficient))
     num_local = logits.shape[-1]
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(max(num_local, 1)))
-    with _device_of(logits):
+    with device_of(logits):
         for rows in _launches(logits, out, 0):
             own = slice(rows.first_row, rows.first_row + rows.num_rows)
             out_strides = _strides(rows.out, rows.n_inner)
@@ -236,7 +236,3 @@ def _launches(logits: Tensor, out: Tensor, first_row: int) -> Iterator[Rows]:
         return
     n_inner = inner.pop() if inner else num_rows
     yield Rows(logits, out, first_row, num_rows, n_inner, _strides(logits, n_inner))
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -41,7 +41,9 @@ class Reference:
         if self._anywhere(bool(untouched)):
             raise UserError(f"reference.path: {path} left weights at their initial values: {', '.join(untouched[:3])}")
         self._checksum = dist_checkpoint.weights_checksum(self.chunks)
-        self.products = fp8.quantise(self.chunks, build.device, build.dtype) if precision == "fp8" else []
+        self.products: list[fp8.Fp8Product] = []
+        if precision == "fp8":
+            self.products = fp8.quantise(self.chunks, build.device, build.dtype, build.loss_implementation)
 
     def verify_frozen(self) -> None:
         """Collective. Raises RunError when the weights are not, bit for bit, those that were loaded."""

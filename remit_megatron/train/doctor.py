@@ -7,7 +7,7 @@ import torch
 
 from remit_megatron import __version__
 from remit_megatron.mcore import compat
-from remit_megatron.ops.token_nll import describe_implementation
+from remit_megatron.ops.implementation import describe_implementation
 
 OPTIONAL = {
     "transformer-engine": ("transformer_engine.pytorch", "model.implementation = 'transformer_engine'"),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from remit_megatron.errors import UserError
 from remit_megatron.ops import reference, token_nll
+from remit_megatron.ops.implementation import describe_implementation
 from remit_megatron.ops.linear_nll import linear_nll
 from remit_megatron.ops.shard import Shard
 from remit_megatron.ops.weights import remit_weights
@@ -209,13 +210,13 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def test_implementation_is_never_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert token_nll.describe_implementation("cpu")[0] == "torch"
-    assert token_nll.describe_implementation("cuda")[0] == "triton"
+    assert describe_implementation("cpu")[0] == "torch"
+    assert describe_implementation("cuda")[0] == "triton"
     logits, labels = torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(UserError, match="cannot run on cpu"):
         token_nll.token_nll(logits, labels, implementation="triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert token_nll.describe_implementation("cuda")[0] == "none"
+    assert describe_implementation("cuda")[0] == "none"
     with pytest.raises(UserError, match="triton is not installed"):
         token_nll.select_kernels("auto", "cuda")
     with pytest.raises(UserError, match="triton is not installed"):

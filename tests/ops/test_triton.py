@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed on this p
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from remit_megatron.ops import fp8_triton  # noqa: E402
 from remit_megatron.ops import token_nll_triton as kernels  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -25,11 +26,12 @@ ATOMIC = r"\b(ATOM|ATOMG|ATOMS|RED|REDG)\b"
 STRIDES = {"stride_outer": "i64", "stride_inner": "i32", "n_inner": "i32"}
 
 
-def test_interpreter_matches_specification() -> None:
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_fp8.py"])
+def test_interpreter_matches_specification(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("interpreted.py"))],
+        [*command, str(Path(__file__).with_name(file))],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -39,10 +41,20 @@ def test_interpreter_matches_specification() -> None:
 
 
 def compile_for(
-    architecture: int, kernel: Any, signature: dict[str, str], constants: dict[str, int], num_warps: int
+    architecture: int,
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, int],
+    num_warps: int,
+    multiples: tuple[str, ...] = (),
 ) -> Any:
-    """Compiles with aligned pointers and row strides, and columns side by side, as a model's logits are."""
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or "stride_" in name]
+    """Compiles with aligned pointers and row strides, and columns side by side, as a model's logits are.
+
+    multiples: further arguments that are multiples of 16.
+    """
+    aligned = [
+        name for name, kind in signature.items() if kind.startswith("*") or "stride_" in name or name in multiples
+    ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     types = {**signature, **{name: "constexpr" for name in constants}}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
@@ -123,3 +135,26 @@ def test_gradient_kernel(dtype: str, columns_per_load: int, architecture: int) -
     ptx = compiled.asm["ptx"]
     rounding = {"bf16": "cvt.rn.bf16x2.f32", "fp16": "cvt.rn.f16x2.f32"}
     assert dtype == "fp32" or rounding[dtype] in ptx  # to nearest
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("columns", [2048, 8192, 28672])
+@pytest.mark.parametrize(("dtype", "columns_per_load"), [("bf16", 8), ("fp32", 4)])
+def test_fp8_kernel(dtype: str, columns_per_load: int, columns: int, architecture: int) -> None:
+    """Reads a row once, in 128-bit loads, and keeps it in registers; stores whole vectors; rounds to nearest."""
+    block = triton.next_power_of_2(columns)
+    warps = fp8_triton.num_warps(block)
+    signature = {"X": f"*{dtype}", "stride_row": "i32", "OUT": "*fp8e4nv", "SCALE": "*fp32", "num_columns": "i32"}
+    kernel = fp8_triton.quantise_rows_kernel
+    compiled = compile_for(architecture, kernel, signature, {"BLOCK": block}, warps, multiples=("num_columns",))
+    usage, sass = disassemble(compiled)
+    assert re.search(r"STACK:0\b", usage), usage
+    assert count(r"\b(LDL|STL)\b", sass) == 0
+    assert count(ATOMIC, sass) == 0
+    columns_per_thread = block // (warps * 32)
+    assert count(r"LDG\.E\S*\.128", sass) * columns_per_load == columns_per_thread
+    assert count(r"\bLDG", sass) == count(r"LDG\.E\S*\.128", sass)
+    assert count(r"STG\.E\S*\.128", sass) * 16 == columns_per_thread
+    instructions = count(r"/\*[0-9a-f]{4,}\*/", sass)
+    assert instructions / columns_per_thread <= 8  # the reading of 2 bytes and writing of 1 take longer
+    assert "cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"]
