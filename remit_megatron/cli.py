@@ -93,8 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices, and which optional parts are usable here")
     doctor.set_defaults(func=_doctor)
     from data_prep import cli as data_cli
+    from remit_megatron.analysis import cli as analysis_cli
     from remit_megatron.convert import cli as convert_cli
 
+    analysis_cli.add_parser(commands)
     data_cli.add_parser(commands)
     convert_cli.add_parser(commands)
     return parser

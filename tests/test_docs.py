@@ -105,6 +105,25 @@ def test_reliability_commands(smoke: Path) -> None:
     assert list((smoke / "runs/smoke/remit").glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_analyses_commands(smoke: Path) -> None:
+    """Each line of docs/analyses.md, on the smoke run; and every file that the page names."""
+    tokens, runs = commands("docs/analyses.md")
+    run = run_in(smoke, [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli", *tokens[1:]])
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^\| remit \| \d", run.stdout, re.MULTILINE), run.stdout
+    folder = smoke / "runs/smoke/tokens"
+    named = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs/analyses.md").read_text(), re.MULTILINE)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(named)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["models"]) == ["base", "ntp", "remit"]
+    assert summary["models"]["base"]["kl"]["mean"] > 0
+    text = (folder / "margins.html").read_text()
+    assert text.count("<h2>") == 3 * 4
+    run = run_in(smoke, [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli", *runs[1:]])
+    assert run.returncode == 0, run.stderr
+    assert "| remit | 8,192 |" in run.stdout
+
+
 def test_table_of_variables() -> None:
     """docs/clusters.md has the rules of launch/environment.py, all of them and as they are."""
     rows = [line for line in (ROOT / "docs/clusters.md").read_text().splitlines() if re.match(r"\| `[A-Z_]+` \|", line)]

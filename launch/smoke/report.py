@@ -10,10 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from remit_megatron.errors import UserError
+from remit_megatron.analysis.runs import WARM_UP_STEPS, read_metrics
 
-WARM_UP_STEPS = 3
-"""Steps at the start of a run that timing leaves out: they allocate memory and build caches."""
 COLOURS = {"ntp": "#4c72b0", "remit": "#c44e52"}
 LABELS = {"base": "base", "reference": "reference", "ntp": "NTP", "remit": "ReMiT"}
 
@@ -42,20 +40,6 @@ class Row:
     def reference_share(self) -> float | None:
         """The reference's part of a step's time."""
         return None if self.score_ms is None else self.score_ms / self.step_ms
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. Raises UserError where there is none or a line is damaged."""
-    path = run / "metrics.jsonl"
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): train this run first") from None
-    except ValueError as error:
-        raise UserError(f"{path}: no valid JSON lines ({error}): remove the run folder and train it again") from None
-    if not lines:
-        raise UserError(f"{path}: holds no step: train this run first")
-    return lines
 
 
 def read_row(name: str, run: Path, evaluation: dict[str, Any]) -> Row:

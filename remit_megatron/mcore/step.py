@@ -137,6 +137,29 @@ class ForwardStep:
         return list(torch.cat(scores).split([len(b["tokens"]) for b in batches]))
 
     @torch.no_grad()
+    def nll_and_kl_of(self, chunks: list[Any], batches: list[Batch]) -> list[Tensor]:
+        """[2, b, s/cp] of each batch on last-stage ranks, elsewhere an empty list: the NLL under a rank's model chunks,
+        and their KL from the reference's distribution. For an objective that takes the reference's distribution; the
+        chunks are no scorer's."""
+        assert self._needs_hidden, f"objective '{self.objective.name}' does not take the reference's distribution"
+        scored = [dict(batch) for batch in batches]
+        self.score(scored)
+        found: list[Tensor] = []
+        run_schedule(functools.partial(self._distil_step, found), scored, chunks, forward_only=True)
+        return found
+
+    def _distil_step(self, found: list[Tensor], iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        with self._distillation(batch, unwrap(model)):
+            both, local = self._forward(batch, model)
+
+        def keep(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            found.append(output.detach().float())
+            return output.sum(), local["loss_mask"].sum().int(), {}
+
+        return both, keep
+
+    @torch.no_grad()
     def select(self, batches: list[Batch], chunks: list[Any]) -> None:
         """For an objective whose tokens compete over the whole step: add `selected_local` [b, s/cp] to each batch.
 

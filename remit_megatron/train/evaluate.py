@@ -80,7 +80,7 @@ def evaluate_checkpoint(
     Raises UserError for a checkpoint or a file that does not fit.
     """
     cases = _read_problems(problems) if problems else None
-    tokenizer = _tokenizer(recipe) if problems else None
+    tokenizer = open_tokenizer(recipe) if problems else None
     if output and not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist")
     if output and Path(output).is_dir():
@@ -151,7 +151,8 @@ def boxed_answer(text: str) -> str | None:
     return None
 
 
-def _tokenizer(recipe: Recipe) -> Any:
+def open_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer of data.tokenizer. Raises UserError where the recipe names none that can be read."""
     from tokenizers import Tokenizer
 
     if recipe.data.tokenizer is None:

@@ -345,7 +345,7 @@ class Trainer:
 
     def _timing(self, elapsed_s: float, score_s: float, reference_ran: bool) -> dict[str, float]:
         tokens_per_s = self.recipe.batch.global_batch_tokens / elapsed_s
-        timing = {"step_ms": elapsed_s * 1e3, "tokens_per_s": tokens_per_s}
+        timing = {"step_ms": elapsed_s * 1e3, "tokens_per_s": tokens_per_s, "ranks": self.process.world_size}
         if self.objective.needs_reference:
             timing["score_ms"] = score_s * 1e3
         if self.queue:

@@ -53,7 +53,7 @@ def make_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> P
         except DamagedError as error:
             raise checkpoints.refusal(resume, error) from None
     if recipe.model.init and not resume:
-        init, init_meta = _find(recipe.model.init, "model.init", recipe)
+        init, init_meta = find_model(recipe.model.init, "model.init", recipe)
     shape = student_shape(recipe, init_meta.model_shape() if init_meta else None)
     check_layout(shape, recipe.parallel, "model")
     check_graph(recipe, device_type)
@@ -63,7 +63,7 @@ def make_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> P
         )
     reference_path = reference_meta = reference_shape = None
     if recipe.reference is not None:
-        reference_path, reference_meta = _find(recipe.reference.path, "reference.path", recipe)
+        reference_path, reference_meta = find_model(recipe.reference.path, "reference.path", recipe)
         reference_shape = reference_meta.model_shape()
         if reference_shape.vocab_size != shape.vocab_size:
             raise UserError(
@@ -106,8 +106,11 @@ def student_shape(recipe: Recipe, carried: ModelShape | None) -> ModelShape:
     return resolve_shape(recipe.model, carried)
 
 
-def _find(path: str, key: str, recipe: Recipe) -> tuple[Path, Meta]:
-    """A checkpoint and its description; that of a Hugging Face folder is written when a model is built from it."""
+def find_model(path: str, key: str, recipe: Recipe) -> tuple[Path, Meta]:
+    """A checkpoint and its description; that of a Hugging Face folder is written when a model is built from it.
+
+    key: what named the path, for messages. Raises UserError where there is none.
+    """
     if is_hf_folder(path):
         return plan_conversion(path, recipe.run)
     checkpoint = resolve_checkpoint(path, key)

@@ -18,13 +18,13 @@ from remit_megatron.config import Recipe
 from remit_megatron.data.files import write_atomically, writing
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.mcore import datasets
-from remit_megatron.mcore.attention import zigzag_slice
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import NTP, Objective, TokenStats
 from remit_megatron.ops.score_steps import round_to_steps
 from remit_megatron.ops.selection import top_share
 from remit_megatron.reference.online import Reference
+from remit_megatron.train.dealt import DealtSamples
 
 KEY = "logging.tokens_every_steps"
 BINS = 40
@@ -60,8 +60,8 @@ class TokenRecords:
         self.groups = groups
         self.device = device
         self.folder = Path(recipe.run) / "tokens"
-        self.count = min(recipe.logging.tokens_samples, held_out.length)
-        self._held_out = held_out
+        self.count = held_out.length
+        self._dealt = DealtSamples(recipe, held_out, groups, device)
         self._step = make_forward_step(NTP(), groups=groups)
         samples: list[Any] = [held_out.sample(n) for n in range(self.count)]
         self._samples = {key: torch.from_numpy(np.stack([one[key] for one in samples])) for key in samples[0]}
@@ -100,24 +100,9 @@ class TokenRecords:
         counts, edges = np.histogram(weight[kept].numpy(), bins=BINS, range=(0.0, 2.0))
         return {"token_weights": {"counts": counts.tolist(), "edges": edges.tolist()}}
 
-    @torch.no_grad()
     def _nll(self, chunks: list[Any]) -> torch.Tensor:
         """[n, s] float32 on the CPU of every rank."""
-        recipe, groups, size = self.recipe, self.groups, self.recipe.batch.microbatch_samples
-        dp, length = groups.dp, recipe.data.sequence_length
-        microbatches = -(-self.count // (size * dp.size()))
-        if recipe.parallel.virtual_pipeline > 1:  # the interleaved schedule takes whole rounds only
-            microbatches = -(-microbatches // recipe.parallel.pipeline) * recipe.parallel.pipeline
-        batches = datasets.microbatches(self._held_out, 0, microbatches, size, dp.rank(), dp.size())
-        scores = self._step.nll_of(chunks, batches)
-        whole = torch.zeros(microbatches * dp.size() * size, length, device=self.device)
-        if groups.counts_loss:
-            positions = zigzag_slice(torch.arange(length)[None], groups.cp.rank(), groups.cp.size())[0]
-            for i, score in enumerate(scores):
-                first = (i * dp.size() + dp.rank()) * size
-                whole[first : first + size, positions.to(self.device)] = score
-        dist.all_reduce(whole)  # each number with zeros: exact
-        return whole[: self.count].cpu()
+        return self._dealt.whole(self._step.nll_of(chunks, self._dealt.microbatches(0, self._dealt.count)))
 
     def _weights(self, step: int, nll: torch.Tensor) -> torch.Tensor | None:
         """What each token counts for in the objective's loss, [n, s]: the same arithmetic as in training, on these

@@ -16,7 +16,7 @@ from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError
 
 VOCAB, EOD, SEQUENCE, SAMPLES = 61, 0, 16, 8
-TIMING = ("step_ms", "score_ms", "data_ms", "wait_ms", "scored_online", "tokens_per_s", "mfu")
+TIMING = ("step_ms", "score_ms", "data_ms", "wait_ms", "scored_online", "tokens_per_s", "mfu", "ranks")
 
 
 def make_data(folder: Path) -> None:

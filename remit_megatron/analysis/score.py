@@ -1,0 +1,208 @@
+"""Several models on the same held-out tokens: each one's NLL, and its KL from the reference's distribution.
+
+What Figures 2, 3, 6b, 10 and 11 of the paper are drawn from.
+"""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from remit_megatron.config import Recipe
+from remit_megatron.errors import UserError
+from remit_megatron.mcore import datasets, dist_checkpoint
+from remit_megatron.mcore.groups import Groups, initialize_groups
+from remit_megatron.mcore.model import Build, build_chunks
+from remit_megatron.mcore.step import ForwardStep, make_forward_step
+from remit_megatron.objectives import KD, NTP, Remit
+from remit_megatron.ops.weights import remit_weights
+from remit_megatron.reference.online import Reference
+from remit_megatron.shape import check_layout
+from remit_megatron.train.checkpoint import Meta
+from remit_megatron.train.dealt import DealtSamples
+from remit_megatron.train.hf_source import ensure_converted
+from remit_megatron.train.models import find_model, training_dtype
+from remit_megatron.train.runtime import Process, from_rank_0
+
+ROUNDS_AT_A_TIME = 4
+"""Of the schedule: so many microbatches, or rounds of them, have their hidden states of the reference held at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelTokens:
+    """One model on the tokens. All [n, s] float32, 0 where masked."""
+
+    nll: np.ndarray
+    """Nats."""
+    kl: np.ndarray
+    """KL(reference || model) over the whole vocabulary, nats."""
+    weight: np.ndarray
+    """ReMiT's weight of the token in this model's loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The reference and other models on n samples of s label positions."""
+
+    set_name: str
+    tokens: np.ndarray
+    """[n, s] int32 ids of the labels."""
+    mask: np.ndarray
+    """[n, s] bool, True where a token counts."""
+    reference_nll: np.ndarray
+    """[n, s] float32, nats; 0 where masked."""
+    models: dict[str, ModelTokens]
+    sources: dict[str, str]
+    """Name of each model, `reference` among them, -> its checkpoint."""
+
+    def margin(self, name: str) -> np.ndarray:
+        """log p_reference - log p_model of each token [n, s], nats: above 0 where the reference is more confident."""
+        return self.models[name].nll - self.reference_nll
+
+
+def compare_models(
+    recipe: Recipe, reference: str, models: dict[str, str], set_name: str, samples: int, process: Process
+) -> Comparison:
+    """Score the first samples of a held-out set of the recipe under every model, in the recipe's layout. Collective.
+
+    reference, models: checkpoints, run folders or Hugging Face folders. Raises UserError for one that does not fit.
+    """
+    paths = {"reference": reference, **models}
+    found = from_rank_0(lambda: _find_all(recipe, paths), process.device)
+    groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
+    meta = found["reference"][1]
+    source = datasets.open_source(
+        recipe.data.eval[set_name], recipe.data, meta.model_shape().vocab_size, meta.tokenizer
+    )
+    dealt = DealtSamples(recipe, datasets.HeldOut(source, recipe.data, samples), groups, process.device)
+    scorer = _Scorer(recipe, groups, dealt, process, found)
+    kept = [dealt.held_out.sample(n) for n in range(dealt.held_out.length)]
+    mask = np.stack([one["loss_mask"] for one in kept]) > 0
+    segments = np.stack([one["segment_ids"] for one in kept]) if "segment_ids" in kept[0] else None
+    reference_nll = np.where(mask, scorer.reference_nll(), 0.0).astype(np.float32)
+    results = {}
+    for name in models:
+        nll, kl = scorer.nll_and_kl(name)
+        results[name] = ModelTokens(
+            nll=np.where(mask, nll, 0.0).astype(np.float32),
+            kl=np.where(mask, kl, 0.0).astype(np.float32),
+            weight=_weights(recipe, nll, reference_nll, mask, segments),
+        )
+    return Comparison(
+        set_name=set_name,
+        tokens=np.stack([one["labels"] for one in kept]).astype(np.int32),
+        mask=mask,
+        reference_nll=reference_nll,
+        models=results,
+        sources=paths,
+    )
+
+
+def _find_all(recipe: Recipe, paths: dict[str, str]) -> dict[str, tuple[Path, Meta]]:
+    """Every model's checkpoint and description. Raises UserError where one lacks or does not go with the reference."""
+    flags = {name: "--reference" if name == "reference" else f"--models {name}" for name in paths}
+    found = {name: find_model(path, flags[name], recipe) for name, path in paths.items()}
+    theirs = found["reference"][1]
+    for name, (path, meta) in found.items():
+        shape = meta.model_shape()
+        check_layout(shape, recipe.parallel, name)
+        if shape.vocab_size != theirs.model_shape().vocab_size:
+            raise UserError(
+                f"--models {name}: the vocabulary of {path} has {shape.vocab_size} rows, the reference's "
+                f"{theirs.model_shape().vocab_size}: models are compared token by token, so they must share a tokenizer"
+            )
+        tokenizers = [_tokenizer(meta), _tokenizer(theirs)]
+        if None not in tokenizers and tokenizers[0] != tokenizers[1]:
+            raise UserError(f"--models {name}: {path} was made with another tokenizer than the reference")
+    return found
+
+
+def _tokenizer(meta: Meta) -> tuple[str, str] | None:
+    """What is known of a model's tokenizer: of converted models and of trained ones it is known by different hashes."""
+    if meta.origin is not None:
+        return ("origin", meta.origin["tokenizer"]) if "tokenizer" in meta.origin else None
+    return None if meta.tokenizer is None else ("data", meta.tokenizer)
+
+
+def _weights(
+    recipe: Recipe, nll: np.ndarray, reference_nll: np.ndarray, mask: np.ndarray, segments: np.ndarray | None
+) -> np.ndarray:
+    """ReMiT's weights with the recipe's settings; with the paper's where the recipe has another objective."""
+    objective = recipe.build_objective()
+    settings = objective if isinstance(objective, Remit) else Remit()
+    by_document = settings.centering == "document" and segments is not None
+    weights = remit_weights(
+        torch.from_numpy(np.where(mask, nll, 0.0)),
+        torch.from_numpy(reference_nll),
+        torch.from_numpy(mask),
+        segment_ids=torch.from_numpy(segments) if by_document else None,
+        epsilon=settings.epsilon,
+        clip=settings.clip,
+    )
+    return weights.numpy()
+
+
+class _Scorer:
+    """Holds the reference; the other models come one after the other. Methods are collective."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        groups: Groups,
+        dealt: DealtSamples,
+        process: Process,
+        found: dict[str, tuple[Path, Meta]],
+    ):
+        self.recipe, self.dealt, self.process, self.found = recipe, dealt, process, found
+        self.build = Build(
+            device=process.device,
+            dtype=training_dtype(recipe, process.device.type),
+            implementation=recipe.model.implementation,
+            loss_implementation=recipe.compute.loss_implementation,
+            head_chunk_tokens=recipe.reference.head_chunk_tokens if recipe.reference else Build.head_chunk_tokens,
+        )
+        path, meta = found["reference"]
+        ensure_converted(path, meta)
+        length = recipe.data.sequence_length
+        self.reference = Reference(meta.model_shape(), path, recipe.parallel, self.build, max_sequence_length=length)
+        self.plain = make_forward_step(NTP(), groups=groups)
+        self.distil: ForwardStep = make_forward_step(KD(), self.reference.chunks, groups=groups)
+
+    def reference_nll(self) -> np.ndarray:
+        """[n, s] float32, nats."""
+        parts: list[torch.Tensor] = []
+        for first, last in self._spans("reference"):
+            parts += self.plain.nll_of(self.reference.chunks, self.dealt.microbatches(first, last))
+        return self.dealt.whole(parts).numpy()
+
+    def nll_and_kl(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Both [n, s] float32, nats, of one of the other models."""
+        path, meta = self.found[name]
+        ensure_converted(path, meta)
+        length = self.recipe.data.sequence_length
+        chunks: list[Any]
+        chunks, _ = build_chunks(meta.model_shape(), self.recipe.parallel, self.build, max_sequence_length=length)
+        dist_checkpoint.load_model(path, chunks)
+        for chunk in chunks:
+            chunk.eval()
+        parts: list[torch.Tensor] = []
+        for first, last in self._spans(name):
+            parts += self.distil.nll_and_kl_of(chunks, self.dealt.microbatches(first, last))
+        del chunks
+        gc.collect()
+        nll, kl = (self.dealt.whole([part[i] for part in parts]).numpy() for i in (0, 1))
+        return nll, kl
+
+    def _spans(self, name: str) -> Any:
+        """(first, last) microbatch of each call of the schedule; rank 0 says how far it is."""
+        dealt = self.dealt
+        size = dealt.round * ROUNDS_AT_A_TIME
+        for first in range(0, dealt.count, size):
+            last = min(first + size, dealt.count)
+            yield first, last
+            if self.process.rank == 0:
+                tokens = last * dealt.samples * dealt.groups.dp.size() * dealt.length
+                print(f"{name}: {tokens:,} tokens scored", flush=True)

@@ -1,0 +1,97 @@
+"""`remit analyze tokens`: from a recipe and checkpoints to a folder of figures, pictures and coloured text."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from remit_megatron.analysis.heatmap import page
+from remit_megatron.analysis.margins import summarise, token_table
+from remit_megatron.analysis.plots import plot_comparison
+from remit_megatron.analysis.score import Comparison, compare_models
+from remit_megatron.config import Recipe
+from remit_megatron.data.files import check_place, make_folder, write_atomically
+from remit_megatron.errors import UserError
+from remit_megatron.train.evaluate import open_tokenizer
+from remit_megatron.train.runtime import from_rank_0, joined_process
+
+
+def analyze_tokens(
+    recipe: Recipe,
+    *,
+    reference: str | None,
+    models: dict[str, str],
+    set_name: str | None,
+    samples: int,
+    show: int,
+    output: Path,
+) -> None:
+    """Write tokens.parquet, summary.json, distributions.png and, with data.tokenizer, margins.html into `output`.
+
+    Called on every rank. reference: default reference.path. set_name: default the first of data.eval. show: samples as
+    coloured text. Raises UserError for what does not fit, before anything is written.
+    """
+    if not recipe.data.eval:
+        raise UserError("remit analyze tokens compares on held-out text: name a set in data.eval")
+    name = set_name or next(iter(recipe.data.eval))
+    if name not in recipe.data.eval:
+        raise UserError(f"--on {name}: data.eval has {', '.join(recipe.data.eval)}")
+    reference = reference or (recipe.reference.path if recipe.reference else None)
+    if reference is None:
+        raise UserError("--reference CHECKPOINT is needed: the recipe has no reference.path")
+    tokenizer = open_tokenizer(recipe) if recipe.data.tokenizer else None
+    with joined_process(recipe.compute) as process:
+        from_rank_0(lambda: check_place(output, "--output"), process.device)
+        comparison = compare_models(recipe, reference, models, name, samples, process)
+        from_rank_0(lambda: _write(comparison, tokenizer, show, output), process.device)
+
+
+def _write(comparison: Comparison, tokenizer: Any, show: int, output: Path) -> None:
+    """On rank 0."""
+    text_of: Callable[[int], str] | None = (lambda token: tokenizer.decode([token])) if tokenizer else None
+    summary = summarise(comparison, text_of)
+    make_folder(output, "--output")
+    sink = pa.BufferOutputStream()
+    pq.write_table(token_table(comparison), sink)
+    write_atomically(output / "tokens.parquet", sink.getvalue().to_pybytes())
+    write_atomically(output / "summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    plot_comparison(output / "distributions.png", comparison)
+    if tokenizer:
+        texts = [words(tokenizer, row.tolist()) for row in comparison.tokens[:show]]
+        write_atomically(output / "margins.html", page(comparison, texts).encode())
+    else:
+        print("remit: margins.html needs data.tokenizer: left out", file=sys.stderr)
+    print(report(summary))
+
+
+def words(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text that each id adds to those before it; empty where a character is not complete yet."""
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer, token) or "" for token in ids]
+
+
+def report(summary: dict[str, Any]) -> str:
+    """Markdown, a row a model."""
+    head = ["model", "NLL", "mean margin", "reference surer", "model surer", "top 5% hold", "mean KL", "weight std"]
+    rows = [head, ["---"] * len(head)]
+    rows.append(["reference", f"{summary['reference_nll']:.4f}", *["-"] * (len(head) - 2)])
+    for name, one in summary["models"].items():
+        shares = (one["share_reference_surer"], one["share_model_surer"], one["concentration"]["0.05"])
+        rows.append(
+            [
+                name,
+                f"{one['nll']:.4f}",
+                f"{one['margin']['mean']:+.4f}",
+                *(f"{share:.1%}" for share in shares),
+                f"{one['kl']['mean']:.4f}",
+                f"{one['weight']['std']:.3f}",
+            ]
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", f"{summary['tokens']:,} tokens of {summary['set']}; NLL, margin and KL in nats."])
