@@ -47,18 +47,17 @@ def summarise(comparison: Comparison, text_of: Callable[[int], str] | None = Non
     return result
 
 
-def concentration(margin: np.ndarray) -> dict[str, float]:
+def concentration(margin: np.ndarray) -> dict[str, float] | None:
     """Part of the sum of positive margins that lies with the 1, 5 and 10% of tokens of the largest margins.
 
-    1 says that the reference's advantage is all there; an even advantage gives the share itself. NaN where no margin is
-    positive.
+    1 says that the reference's advantage is all there; an even advantage gives the share itself. None where no margin
+    is positive.
     """
     ordered = np.sort(np.maximum(margin, 0.0))[::-1]
     total = ordered.sum()
-    return {
-        f"{share:g}": float(ordered[: max(1, round(share * len(ordered)))].sum() / total) if total > 0 else float("nan")
-        for share in SHARES
-    }
+    if not total > 0:
+        return None
+    return {f"{share:g}": float(ordered[: max(1, round(share * len(ordered)))].sum() / total) for share in SHARES}
 
 
 def by_token(comparison: Comparison, name: str, text_of: Callable[[int], str] | None) -> list[dict[str, Any]]:
@@ -94,11 +93,9 @@ def token_table(comparison: Comparison) -> pa.Table:
 
 
 def _mean(values: np.ndarray) -> float:
-    return float(values.astype(np.float64).mean()) if len(values) else float("nan")
+    return float(values.astype(np.float64).mean())
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
-    if not len(values):
-        return {}
     found = np.quantile(values.astype(np.float64), QUANTILES)
     return {f"{q:g}": float(x) for q, x in zip(QUANTILES, found, strict=True)}

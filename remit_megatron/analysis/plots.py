@@ -57,7 +57,9 @@ def _histogram(axis: Any, values: dict[str, np.ndarray], title: str, label: str)
     every = np.concatenate(list(values.values()))
     low, high = np.quantile(every, [0.001, 0.999])
     edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
-    for colour, (name, one) in zip(COLOURS * len(values), values.items(), strict=False):
+    models = [name for name in values if name != "reference"]
+    for name, one in values.items():
+        colour = COLOURS[models.index(name) % len(COLOURS)] if name in models else "#222222"
         density, _ = np.histogram(one, bins=edges, density=True)
         axis.stairs(density, edges, color=colour, label=f"{name} (mean {one.mean():.3f})", linewidth=1.3)
     axis.set_yscale("log")

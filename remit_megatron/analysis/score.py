@@ -4,6 +4,7 @@ What Figures 2, 3, 6b, 10 and 11 of the paper are drawn from.
 """
 
 import gc
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,12 @@ def compare_models(
         recipe.data.eval[set_name], recipe.data, meta.model_shape().vocab_size, meta.tokenizer
     )
     dealt = DealtSamples(recipe, datasets.HeldOut(source, recipe.data, samples), groups, process.device)
-    scorer = _Scorer(recipe, groups, dealt, process, found)
     kept = [dealt.held_out.sample(n) for n in range(dealt.held_out.length)]
     mask = np.stack([one["loss_mask"] for one in kept]) > 0
+    if not mask.any():
+        raise UserError(f"data.eval.{set_name}: the mask keeps no token of its first {len(kept)} samples")
     segments = np.stack([one["segment_ids"] for one in kept]) if "segment_ids" in kept[0] else None
+    scorer = _Scorer(recipe, groups, dealt, process, found)
     reference_nll = np.where(mask, scorer.reference_nll(), 0.0).astype(np.float32)
     results = {}
     for name in models:
@@ -205,4 +208,4 @@ class _Scorer:
             yield first, last
             if self.process.rank == 0:
                 tokens = last * dealt.samples * dealt.groups.dp.size() * dealt.length
-                print(f"{name}: {tokens:,} tokens scored", flush=True)
+                print(f"{name}: {tokens:,} tokens scored", file=sys.stderr, flush=True)

@@ -82,13 +82,15 @@ def report(summary: dict[str, Any]) -> str:
     rows = [head, ["---"] * len(head)]
     rows.append(["reference", f"{summary['reference_nll']:.4f}", *["-"] * (len(head) - 2)])
     for name, one in summary["models"].items():
-        shares = (one["share_reference_surer"], one["share_model_surer"], one["concentration"]["0.05"])
+        shares = (one["share_reference_surer"], one["share_model_surer"])
+        held = "-" if one["concentration"] is None else f"{one['concentration']['0.05']:.1%}"
         rows.append(
             [
                 name,
                 f"{one['nll']:.4f}",
                 f"{one['margin']['mean']:+.4f}",
                 *(f"{share:.1%}" for share in shares),
+                held,
                 f"{one['kl']['mean']:.4f}",
                 f"{one['weight']['std']:.3f}",
             ]
