@@ -14,7 +14,7 @@ import torch.distributed as dist
 from remit_megatron.config import Parallel
 from remit_megatron.mcore import platform
 from remit_megatron.objectives import NTP
-from remit_megatron.reference.cache import CacheManifest
+from remit_megatron.reference.score_manifest import CacheManifest
 from remit_megatron.reference.score_queue import QueueManifest, RunSide, ScorerSide, write_step
 
 AHEAD_STEPS = 4

@@ -1,6 +1,7 @@
-"""Files that are complete or absent, whatever kills the process or the machine."""
+"""Files that are complete or absent, whatever kills the process or the machine; locks that end with their process."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -83,3 +84,27 @@ def _remedy(error: OSError) -> str:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return ": choose a folder that can be written to"
     return ""
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock of `locked`."""
+    try:
+        with path.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+@contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """The kernel's lock on a file: it goes with the process, however that ends.
+
+    busy: what the UserError says where another process holds it. None: wait for that one.
+    """
+    with writing(path), path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise UserError(busy or "") from None
+        yield

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from remit_megatron.data.files import writing
+from remit_megatron.data.files import is_held, writing
 from remit_megatron.errors import UserError
-from remit_megatron.reference.cache import CacheManifest, first_difference, is_held
+from remit_megatron.reference.score_manifest import CacheManifest, first_difference
 
 KEY = "reference.queue"
 RUN_LOCK = ".run.lock"

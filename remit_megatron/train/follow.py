@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Recipe
-from remit_megatron.data.files import make_folder
+from remit_megatron.data.files import locked, make_folder
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.datasets import TrainingData
 from remit_megatron.mcore.groups import initialize_groups
-from remit_megatron.reference.cache import locked
 from remit_megatron.reference.score_queue import KEY, ScorerSide, write_step
 from remit_megatron.train.models import build_reference, make_plan
 from remit_megatron.train.queued import queue_manifest

@@ -16,10 +16,12 @@ from remit_megatron.mcore import datasets, dist_checkpoint, optim
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups, initialize_groups
 from remit_megatron.mcore.step import make_forward_step, run_schedule
-from remit_megatron.reference.cache import CacheManifest, ScoreCache
+from remit_megatron.reference.cache import ScoreCache
 from remit_megatron.reference.online import Reference
 from remit_megatron.reference.precision import precision_error
+from remit_megatron.reference.score_manifest import CacheManifest
 from remit_megatron.train import flops
+from remit_megatron.train.announce import start_lines
 from remit_megatron.train.checkpoint import CheckpointFolder, Meta, read_meta
 from remit_megatron.train.evaluate import Evaluator
 from remit_megatron.train.fallback import newest_whole
@@ -219,28 +221,18 @@ class Trainer:
         self.loggers = Loggers(self.folder.path, self.recipe, self.meta.step, self.meta.loggers)
         for path, problem in passed_over.items():
             self.loggers.progress.say(f"--fallback: {path.name} is passed over and set aside: {problem}")
-        self._say_start(resume)
-
-    def _say_start(self, resume: Path | None) -> None:
-        recipe, shape = self.recipe, self.plan.shape
-        assert self.loggers is not None
-        say = self.loggers.progress.say
-        start = f"resumes from {resume.name}" if resume else f"starts from {self.plan.init or 'random weights'}"
-        say(f"{recipe.run}: {self.objective.name}, {shape.num_parameters() / 1e6:,.1f}M parameters, {start}")
-        p = recipe.parallel
-        say(
-            f"{self.process.world_size} ranks on {self.process.device.type}: tensor {p.tensor}, "
-            f"pipeline {p.pipeline} x {p.virtual_pipeline}, context {p.context}, data {self.groups.dp.size()}; "
-            f"{self.num_microbatches} microbatches a step"
-        )
-        remark = getattr(self.objective, "remark", None)
-        if remark:
-            say(remark)
-        if self.scores:
-            say(f"the reference's scores come from {self.scores.folder}")
-        for source in self.sources:
-            for warning in source.info.warnings:
-                say(f"warning: {warning}")
+        for text in start_lines(
+            recipe=self.recipe,
+            plan=self.plan,
+            objective=self.objective,
+            groups=self.groups,
+            device=self.process.device,
+            num_microbatches=self.num_microbatches,
+            scores=self.scores.folder if self.scores else None,
+            sources=self.sources,
+            resume=resume,
+        ):
+            self.loggers.progress.say(text)
 
     def _report_precision(self, reference: Reference) -> None:
         """Measure on a microbatch of the first step what FP8 does to the reference's scores. Collective."""

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Recipe
-from remit_megatron.data.files import make_folder
+from remit_megatron.data.files import locked, make_folder
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.mcore.datasets import TrainingData
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.ops.score_steps import round_to_steps
-from remit_megatron.reference.cache import CacheManifest, locked
+from remit_megatron.reference.score_manifest import CacheManifest
 from remit_megatron.reference.score_queue import KEY, RUN_LOCK, QueueManifest, RunSide
 from remit_megatron.train.runtime import from_rank_0
 

@@ -18,8 +18,9 @@ from remit_megatron.mcore.groups import Groups
 from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import NTP
 from remit_megatron.ops.score_steps import STEPS_PER_NAT, quantise
-from remit_megatron.reference.cache import CacheManifest, ScoreCache, SourceScores, block_samples
+from remit_megatron.reference.cache import ScoreCache, block_samples
 from remit_megatron.reference.online import Reference
+from remit_megatron.reference.score_manifest import CacheManifest, SourceScores
 from remit_megatron.train.models import Plan
 
 SampleNumber = tuple[int, int]

@@ -222,7 +222,7 @@ REFUSED = {
     "no_rope_layers must hold": {**SMOLLM3, "no_rope_layers": [1, 1]},
     "rope_interleave = false": {**YOUTU, "rope_interleave": False},
     "missing key q_lora_rank": without(YOUTU, "q_lora_rank"),
-    "q_lora_rank = null": {**YOUTU, "q_lora_rank": None},
+    "q_lora_rank = null: latent attention with whole queries": {**YOUTU, "q_lora_rank": None},
     "num_key_value_heads must equal": {**YOUTU, "num_key_value_heads": 2},
 }
 

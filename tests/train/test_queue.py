@@ -12,9 +12,11 @@ import pytest
 
 from launch.scorers import devices
 from remit_megatron.config import parse_recipe
+from remit_megatron.data.files import locked
 from remit_megatron.errors import RemitError, UserError
 from remit_megatron.ops.score_steps import STEPS_PER_NAT
-from remit_megatron.reference.cache import CacheManifest, ScoreCache, locked
+from remit_megatron.reference.cache import ScoreCache
+from remit_megatron.reference.score_manifest import CacheManifest
 from remit_megatron.reference.score_queue import (
     RUN_LOCK,
     QueueManifest,

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from remit_megatron.data.files import locked
 from remit_megatron.errors import UserError
-from remit_megatron.reference.cache import CacheManifest, SourceScores, locked
+from remit_megatron.reference.score_manifest import CacheManifest, SourceScores
 from remit_megatron.reference.score_queue import (
     HEADER,
     RUN_LOCK,

@@ -11,7 +11,8 @@ import pytest
 
 from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError
-from remit_megatron.reference.cache import HEADER, CacheManifest, ScoreCache, blocks_of
+from remit_megatron.reference.cache import HEADER, ScoreCache, blocks_of
+from remit_megatron.reference.score_manifest import CacheManifest
 from remit_megatron.train.checkpoint import read_meta, write_meta
 from tests.ranks import run_ranks
 from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all

@@ -9,6 +9,8 @@ from remit_megatron.shape import Latent, ModelShape
 def read(config: Fields) -> ModelShape:
     # Megatron's latent attention rotates neighbouring columns, which is what true stands for.
     config.expect("rope_interleave", True, "a rotary embedding that is not interleaved")
+    if config.take("q_lora_rank") is None:
+        raise UserError(f"{config.where}: q_lora_rank = null: latent attention with whole queries is not supported")
     latent = Latent(
         q_lora_rank=config.size("q_lora_rank"),
         kv_lora_rank=config.size("kv_lora_rank"),
