@@ -133,6 +133,18 @@ def test_containers(new_run: NewRun, cluster: Cluster) -> None:
     run.wait_for_end(job)
 
 
+def test_a_module_that_cannot_be_loaded(new_run: NewRun, cluster: Cluster) -> None:
+    """The job ends before its first step, and the run folder tells why."""
+    run = new_run(**ONE_RANK)
+    variables = {"BASH_FUNC_module%%": "() { echo no such module: $2 >&2; false\n}"}
+    followed = run.launch("--follow", nodes=1, profile={"modules": ["cuda/1"]}, variables=variables, expect=2).stdout
+    job = run.events[0].start.partition(".")[0]
+    assert (cluster.job(job)["JobState"], cluster.job(job)["ExitCode"]) == ("FAILED", "2:0")
+    why = f"modules of the profile: cuda/1 cannot be loaded, see {run.folder}/logs/{job}.log"
+    assert f"state       ended: the start failed: {why} (exit code 2)\n" in followed
+    assert "no such module: cuda/1\n" in (run.folder / "logs" / f"{job}.log").read_text()
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of a megabyte."""
