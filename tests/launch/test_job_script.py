@@ -38,7 +38,8 @@ def test_a_profiles_preflight_timeout_s(tmp_path: Path) -> None:
     for name, text in STAND_INS.items():
         (programs / name).write_text(f"#!/bin/bash\n{text}")
         (programs / name).chmod(0o755)
-    (programs / "sitecustomize.py").write_text("import shutil, signal\nshutil.disk_usage = lambda _: signal.pause()\n")
+    hanging = "import shutil, signal\nshutil.disk_usage = lambda _: signal.pause()\nsignal.alarm(60)  # at the latest\n"
+    (programs / "sitecustomize.py").write_text(hanging)
     (run / "logs").mkdir(parents=True)
     (run / "recipe.toml").write_text(dump_toml(parse_recipe(runs.settings(tmp_path, "run"))))
     profile = Profile(preflight_timeout_s=2)

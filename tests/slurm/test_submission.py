@@ -174,6 +174,23 @@ def test_a_bad_node_is_named_and_excluded(new_run: NewRun, cluster: Cluster, ful
     assert said == f"remit: preflight: {bad}: {full_disk} has 1 MB left\n"
 
 
+def test_a_check_that_hangs(new_run: NewRun, cluster: Cluster, tmp_path: Path) -> None:
+    """On the second node, as a look at a dead network filesystem does: it is excluded after preflight_timeout_s."""
+    run = new_run()
+    bad = f"n{2 * run.pair + 1}"
+    (tmp_path / "sitecustomize.py").write_text("import shutil, signal\nshutil.disk_usage = lambda _: signal.pause()\n")
+    with cluster.node_setting(bad, "PYTHONPATH", str(tmp_path)):
+        job = run.submit(profile={"preflight": True, "preflight_timeout_s": 7})
+        run.wait(lambda: cluster.job(job)["ExcNodeList"] == bad, "the node was not excluded", timeout_s=120)
+    cluster.run("scancel", job)  # it would wait for a second sound node
+    assert [(event.name, event.detail) for event in run.events] == [
+        ("start", f"on n[{2 * run.pair}-{2 * run.pair + 1}]"),
+        ("requeue", f"preflight: {bad}"),
+    ]
+    said = (run.folder / "logs" / f"{job}.0" / "preflight.log").read_text()
+    assert said == f"remit: preflight: {bad}: rank 1's checks do not end within 7 s\n"
+
+
 def test_a_full_run_folder_ends_the_job(new_run: NewRun, cluster: Cluster, full_disk: Path) -> None:
     """No other node has more room in it, so the job does not come back."""
     run = new_run(**ONE_RANK)
