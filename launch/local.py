@@ -13,15 +13,17 @@ from typing import Any
 import torch.distributed as dist
 
 from remit_megatron.errors import HangError
-from remit_megatron.processes import die_with_parent
+from remit_megatron.processes import STOP_SIGNALS, die_with_parent, hold_stop_signals
 
 GRACE_S = 10.0
 """How long the other ranks may live after one has failed: enough for their own error messages."""
 STOPPED_ON_REQUEST = 75
 
 
-def run_local(command: list[str], nproc: int) -> int:
+def run_local(command: list[str], nproc: int, *, listens: bool = False) -> int:
     """Run `command` as ranks 0..nproc-1 on this machine; returns the exit code.
+
+    listens: it comes to StopSignals, and signals that arrive before are kept for it. Another command dies of them.
 
     All ranks 0: 0. Otherwise the first failing rank's code decides, and 86 over all others, for those that waited for a
     hanging rank fail as well. The others are ended after a grace period, stopped ones too. SIGTERM, SIGINT and SIGUSR1
@@ -40,7 +42,7 @@ def run_local(command: list[str], nproc: int) -> int:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before = {n: signal.signal(n, forward) for n in STOP_SIGNALS}
     try:
         for rank in range(nproc):
             environment = {
@@ -56,9 +58,10 @@ def run_local(command: list[str], nproc: int) -> int:
                 # torch's own name for "a store is already being served at MASTER_PORT".
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
             }
-            ranks.append(
-                subprocess.Popen(command, env=environment, preexec_fn=functools.partial(die_with_parent, os.getpid()))
-            )
+            become_rank = functools.partial(_become_rank, os.getpid(), listens)
+            ranks.append(subprocess.Popen(command, env=environment, preexec_fn=become_rank))
+            for number in requests:  # that came while there was no such rank yet
+                ranks[-1].send_signal(number)
         return _wait(ranks, requests)
     finally:
         for number, handler in before.items():
@@ -74,8 +77,7 @@ def run_client(command: list[str], environment: Mapping[str, str]) -> int:
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to it and nothing else is done about them: it ends when its ranks have.
     """
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     # In a session of its own, or a terminal would send Ctrl-C to it a second time.
     client = subprocess.Popen(
         command,
@@ -83,7 +85,7 @@ def run_client(command: list[str], environment: Mapping[str, str]) -> int:
         start_new_session=True,
         preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_SETMASK, held),
     )
-    before = {n: signal.signal(n, lambda number, frame: client.send_signal(number)) for n in numbers}
+    before = {n: signal.signal(n, lambda number, frame: client.send_signal(number)) for n in STOP_SIGNALS}
     signal.pthread_sigmask(signal.SIG_SETMASK, held)
     try:
         code = client.wait()
@@ -91,6 +93,13 @@ def run_client(command: list[str], environment: Mapping[str, str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def _become_rank(launcher: int, listens: bool) -> None:
+    """In a child, right before its program starts."""
+    die_with_parent(launcher)
+    if listens:
+        hold_stop_signals()
 
 
 def _wait(ranks: list[subprocess.Popen[Any]], requests: list[int]) -> int:

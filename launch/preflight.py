@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -83,9 +84,10 @@ def check_nodes(recipe: Recipe, run: Path, place: Place, timeout_s: float) -> No
         except OSError as error:
             full = f"{token_file}: cannot be written: {error.strerror or error}: free space there, then start again"
     store = _connect(place, serve=place.rank == 0, timeout_s=timeout_s)
-    store.set_timeout(timedelta(seconds=3 * timeout_s))
-    device = _device(recipe, place)
-    report = Report(problems=node_problems(device, place), token=_read(token_file))
+    store.set_timeout(timedelta(seconds=4 * timeout_s))
+    store.set(f"here/{place.rank}", "")
+    device, problems = _look(recipe, place, timeout_s)
+    report = Report(problems=problems, token=_read(token_file))
     store.set(f"report/{place.rank}", json.dumps(asdict(report)))
     if place.rank == 0:
         bad = _collect(store, place, expected, timeout_s)
@@ -193,6 +195,28 @@ def _room_problem(recipe: Recipe, run: Path, place: Place) -> str | None:
     return None
 
 
+def _look(recipe: Recipe, place: Place, timeout_s: float) -> tuple[torch.device | None, list[str]]:
+    """This rank's device, and `node_problems`. In a thread, for what hangs there cannot be interrupted."""
+    found: Future[tuple[torch.device | None, list[str]]] = Future()
+
+    def look() -> None:
+        try:
+            device = _device(recipe, place)
+            found.set_result((device, node_problems(device, place)))
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            found.set_exception(error)
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        return found.result(timeout_s)
+    except TimeoutError:
+        return None, [_endless(place.rank, timeout_s)]
+
+
+def _endless(rank: int, timeout_s: float) -> str:
+    return f"rank {rank}'s checks do not end within {timeout_s:.0f} s"
+
+
 def node_problems(device: torch.device | None, place: Place) -> list[str]:
     """What is wrong with this rank's device, and on a node's first rank with the node."""
     problems = []
@@ -240,14 +264,16 @@ def _read(path: Path) -> str:
 def _collect(store: dist.Store, place: Place, token: str, timeout_s: float) -> dict[str, str]:
     """On rank 0: the bad nodes, from every rank's report and every node's clock."""
     bad: dict[str, str] = {}
-    deadline = time.monotonic() + timeout_s
+    begun = time.monotonic()
     for rank in range(place.world_size):
-        node = place.node_of(rank)
+        node, here = place.node_of(rank), False
         # Asked for, not waited for: a wait that times out fills the log with the store's own remarks.
-        while not store.check([f"report/{rank}"]) and time.monotonic() < deadline:
+        while not store.check([f"report/{rank}"]) and time.monotonic() < begun + (1 + here) * timeout_s:
+            here = here or store.check([f"here/{rank}"])
             time.sleep(POLL_S)
         if not store.check([f"report/{rank}"]):
-            bad.setdefault(node, f"rank {rank} has not started within {timeout_s:.0f} s")
+            late = _endless(rank, timeout_s) if here else f"rank {rank} has not started within {timeout_s:.0f} s"
+            bad.setdefault(node, late)
             continue
         report = Report(**json.loads(store.get(f"report/{rank}")))
         if report.problems:

@@ -1,12 +1,10 @@
 """One rank under srun or torchrun: `python -m launch.rank train RECIPE ...` is `remit train RECIPE ...` as that rank.
 
-Signals that ask the run to stop are held back until the trainer listens: by default they would kill the interpreter
-while it still imports.
+Signals that ask the run to stop are held back until the trainer listens.
 """
 
 import itertools
 import os
-import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,25 +13,17 @@ from launch import environment
 from remit_megatron.cli import main as remit
 from remit_megatron.config import load_recipe
 from remit_megatron.errors import UserError
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from remit_megatron.processes import hold_stop_signals
 
 
 def main(argv: Sequence[str]) -> int:
     """argv: a command of `remit` with its recipe. Returns the exit code."""
     if argv[:1] == ["train"] or "--follow" in argv:  # the commands that listen
-        hold_signals()
+        hold_stop_signals()
     os.environ.update(torch_variables(os.environ))
     redirect_output(os.environ)
     apply_rules(argv)
     return remit(argv)
-
-
-def hold_signals() -> None:
-    """Until StopSignals asks for them; and a late one, after it has stopped listening, changes nothing."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def torch_variables(variables: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from remit_megatron.errors import UserError
 TEMPLATES = Path(slurm.__file__).parent
 MODULE_COMMAND = (
     'type module > /dev/null 2>&1 || . "${LMOD_PKG:-${MODULESHOME:-/usr/share/modules}}/init/bash" || '
-    '{ echo "remit: modules of the profile: this node has no command module" >&2; exit 2; }'
+    'REMIT_START_FAILURE="modules of the profile: this node has no command module"'
 )
 """A job's shell is none that a login would set up: where the submitter's function has not come with it, it is made."""
 
@@ -79,7 +79,10 @@ def settings(profile: Profile, run: Path, python: str, workdir: Path, arguments:
 
 
 def render(template: str, options: list[str], values: dict[str, str], modules: tuple[str, ...] = ()) -> str:
-    """The template's text with its #SBATCH lines replaced by `options`, and `values` exported right after them."""
+    """The template's text with its #SBATCH lines replaced by `options`, and `values` exported right after them.
+
+    The first module that cannot be loaded is left to the template to tell: it knows how to write an event.
+    """
     lines = (TEMPLATES / template).read_text(encoding="utf-8").splitlines()
     marked = [i for i, line in enumerate(lines) if line.startswith("#SBATCH ")]
     first, last = marked[0], marked[-1]
@@ -88,8 +91,9 @@ def render(template: str, options: list[str], values: dict[str, str], modules: t
     if modules:
         filled.append(MODULE_COMMAND)
     for module in modules:
-        words = shlex.quote(f"remit: modules of the profile: {module} cannot be loaded")
-        filled.append(f"module load {shlex.quote(module)} || {{ echo {words} >&2; exit 2; }}")
+        failure = shlex.quote(f"modules of the profile: {module} cannot be loaded")
+        load = f"module load {shlex.quote(module)} || REMIT_START_FAILURE={failure}"
+        filled.append(f"[[ -n ${{REMIT_START_FAILURE:-}} ]] || {load}")
     return "\n".join([*lines[:first], *filled, *lines[last + 1 :]]) + "\n"
 
 

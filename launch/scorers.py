@@ -42,7 +42,7 @@ def run_with_scorers(recipe: Recipe, both: list[str], train: list[str], nproc: i
     )
     code = None
     try:
-        code = run_local([*remit, "train", *both, *train], nproc)
+        code = run_local([*remit, "train", *both, *train], nproc, listens=True)
         return code
     finally:
         if code == 0:  # it then hears that the run is done

@@ -90,7 +90,7 @@ def _local(request: Request, recipe: Recipe, run: Path) -> int:
     from launch.local import run_local
 
     os.environ.update(added)
-    return run_local(command, nproc)
+    return run_local(command, nproc, listens=True)
 
 
 def _docker(request: Request, recipe: Recipe, run: Path, profile: Profile) -> int:

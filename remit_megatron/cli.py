@@ -120,7 +120,7 @@ def _train(arguments: argparse.Namespace) -> int:
         command = [arguments.recipe, *_overrides(arguments)]
         return run_with_scorers(recipe, command, more, arguments.nproc, arguments.scorers)
     if arguments.nproc is not None:
-        return _start_ranks(["train", arguments.recipe, *_overrides(arguments), *more], arguments.nproc)
+        return _start_ranks(["train", arguments.recipe, *_overrides(arguments), *more], arguments.nproc, listens=True)
     from remit_megatron.train.loop import train
 
     train(recipe, fallback=arguments.fallback)
@@ -164,7 +164,7 @@ def _score(arguments: argparse.Namespace) -> int:
         command += ["--output", arguments.output] if arguments.output else []
         command += ["--check", str(arguments.check)] if arguments.check else []
         command += ["--follow"] if arguments.follow else []
-        return _start_ranks(command, arguments.nproc)
+        return _start_ranks(command, arguments.nproc, listens=arguments.follow)
     if arguments.follow:
         from remit_megatron.train.follow import follow_run
 
@@ -234,10 +234,10 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
     return [part for override in arguments.overrides for part in ("--set", override)]
 
 
-def _start_ranks(command: list[str], nproc: int) -> int:
+def _start_ranks(command: list[str], nproc: int, *, listens: bool = False) -> int:
     from launch.local import run_local
 
-    return run_local([sys.executable, "-m", "remit_megatron.cli", *command], nproc)
+    return run_local([sys.executable, "-m", "remit_megatron.cli", *command], nproc, listens=listens)
 
 
 def _quiet_libraries() -> None:

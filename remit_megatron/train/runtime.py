@@ -16,6 +16,7 @@ from remit_megatron.config import Compute
 from remit_megatron.errors import HangError, LostRankError, RemitError, UserError
 from remit_megatron.mcore import platform
 from remit_megatron.mcore.collectives import failure_of_ranks
+from remit_megatron.processes import STOP_SIGNALS
 
 T = TypeVar("T")
 
@@ -115,15 +116,13 @@ def from_rank_0(action: Callable[[], T], device: torch.device) -> T:
 class StopSignals:
     """Notes SIGTERM, SIGUSR1 and SIGINT between `__enter__` and `__exit__`; the loop asks `requested` once a step."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         # A launcher may have held them back while nobody listened; what came meanwhile is noted now.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(self, *exc: object) -> None:

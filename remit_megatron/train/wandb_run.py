@@ -20,12 +20,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from remit_megatron.processes import STOP_SIGNALS
+
 CLOSE_S = 20.0
 """How long the end of a start may wait for what is still to be written or sent."""
 POLL_S = 0.5
 CONNECT_S = 5.0
 INIT_S = 30
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 Line = dict[str, Any]
 
 

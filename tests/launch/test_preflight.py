@@ -20,7 +20,8 @@ from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.errors import RunError
 from tests.train.runs import settings
 
-FAULTS = ("none", "clock", "disk", "folder", "absent", "stuck", "room", "full")
+FAULTS = ("none", "clock", "disk", "folder", "absent", "wedged", "wedged first", "stuck", "room", "full")
+LIMIT_S = 3
 
 
 def break_rank(fault: str, run: Path) -> Path:
@@ -37,6 +38,8 @@ def break_rank(fault: str, run: Path) -> Path:
         return other
     if fault == "absent":
         os._exit(9)
+    if fault.startswith("wedged"):
+        preflight.shutil.disk_usage = lambda _: signal.pause()
     if fault == "stuck":
         preflight.dist.init_process_group = lambda *_, **__: signal.pause()
     return run
@@ -44,27 +47,29 @@ def break_rank(fault: str, run: Path) -> Path:
 
 def one_rank(rank: int, fault: str, folder: Path) -> None:
     """In a process of its own: the preflight's command, as srun starts it. Does not return."""
+    signal.alarm(90)  # one that hangs fails its own test only
     output = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
     run = folder / "run"
-    ours = break_rank(fault, run) if rank == 1 else run
+    ours = break_rank(fault, run) if rank == (0 if fault.endswith("first") else 1) else run
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"REMIT_NODES": "alpha,beta", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    limit_s = "3" if fault in ("absent", "stuck") else "60"
+    limit_s = str(LIMIT_S) if fault in ("absent", "wedged", "wedged first", "stuck") else "60"
     arguments = [str(folder / "recipe.toml"), "--run", str(ours), "--report", str(folder / "bad")]
     preflight.main([*arguments, "--timeout-s", limit_s])
 
 
 def all_faults(folder: str) -> None:
-    """In a fresh interpreter, whose forks need not import anything again: exit codes of both ranks, for each fault."""
-    codes = {}
+    """In a fresh interpreter, whose forks need not import anything again: exit codes of both ranks, for each fault, and
+    how many seconds they took."""
+    codes, took_s = {}, {}
     for fault in FAULTS:
         # The preflight listens one above the port that it is told.
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1] - 1)
-        ranks = []
+        ranks, begun_s = [], time.monotonic()
         for rank in range(2):
             pid = os.fork()
             if pid == 0:
@@ -73,13 +78,19 @@ def all_faults(folder: str) -> None:
                 os._exit(99)
             ranks.append(pid)
         codes[fault] = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+        took_s[fault] = time.monotonic() - begun_s
+    (Path(folder) / "took.json").write_text(json.dumps(took_s))
     (Path(folder) / "codes.json").write_text(json.dumps(codes))
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("preflight")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> Any:
     """fault -> (exit codes, what rank 0 said, the report for the job script)."""
-    folder = tmp_path_factory.mktemp("preflight")
     for fault in FAULTS:
         run = folder / fault / "run"
         (run / "logs").mkdir(parents=True)
@@ -150,6 +161,18 @@ def test_a_bad_node_is_named(fault: str, says: str, outcomes: Any) -> None:
     assert said.endswith(says)
     assert said.count("\n") == 1
     assert report == "beta"
+
+
+@pytest.mark.parametrize(("fault", "rank", "node"), [("wedged", 1, "beta"), ("wedged first", 0, "alpha")])
+def test_a_check_that_hangs_does_not_hang_the_preflight(
+    fault: str, rank: int, node: str, outcomes: Any, folder: Path
+) -> None:
+    """As a look at a dead network filesystem does: its node is named, and both ranks end, in about the time allowed."""
+    codes, said, report = outcomes(fault)
+    assert codes == [87, 87]
+    assert said == f"remit: preflight: {node}: rank {rank}'s checks do not end within {LIMIT_S} s\n"
+    assert report == node
+    assert LIMIT_S <= json.loads((folder / "took.json").read_text())[fault] < 2 * LIMIT_S + 4
 
 
 def test_a_collective_that_hangs_does_not_hang_the_preflight(outcomes: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from launch.profiles import Profile, load_profile
 from launch.render import TEMPLATES, header, render, settings, tasks_per_node
+from launch.status import end_of, read_events, report
 from launch.submit import kept
 from remit_megatron.errors import UserError
 
@@ -144,13 +145,27 @@ def test_modules_where_the_function_has_to_be_made(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, LOADED, "")
 
 
-def test_a_job_does_not_go_on_without_its_modules(tmp_path: Path) -> None:
-    result = module_lines(tmp_path, {})
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.endswith("remit: modules of the profile: this node has no command module\n")
-    result = module_lines(tmp_path, {"BASH_FUNC_module%%": '() { [ "$2" = cuda/12.4 ]\n}'})
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "remit: modules of the profile: it's cannot be loaded\n"
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ({}, "this node has no command module"),
+        ({"BASH_FUNC_module%%": '() { [ "$2" = cuda/12.4 ]\n}'}, "it's cannot be loaded"),
+        ({"BASH_FUNC_module%%": "() { false\n}"}, "cuda/12.4 cannot be loaded"),
+    ],
+)
+def test_a_job_does_not_go_on_without_its_modules(variables: dict[str, str], why: str, tmp_path: Path) -> None:
+    """It ends with 2, and `remit status` tells why; the script does not come as far as asking SLURM for anything."""
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (run / "job.sbatch").write_text(script_of(Profile(modules=("cuda/12.4", "it's")), run, tmp_path, nproc=1))
+    (run / "recipe.toml").touch()
+    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n0"}
+    environment = {"PATH": "/usr/bin:/bin", "MODULESHOME": str(tmp_path), **job, **variables}
+    result = subprocess.run(["bash", run / "job.sbatch"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2, result.stderr
+    failure = f"the start failed: modules of the profile: {why}, see {run}/logs/5.log (exit code 2)"
+    assert report(run).splitlines()[1:3] == [f"state       ended: {failure}", "job         5.0 end"]
+    assert end_of(["5"], read_events(run)) == 2
 
 
 def test_the_command_module_is_submitted_only_for_modules() -> None:

@@ -36,8 +36,8 @@ class Cluster:
     Processes are told apart by the ids of their jobs: a second cluster counts from another `first_job`.
     """
 
-    def __init__(self, root: Path, first_job: int = 1):
-        self.root, self.first_job = root, first_job
+    def __init__(self, root: Path, first_job: int = 1, message_timeout_s: int = 10):
+        self.root, self.first_job, self.message_timeout_s = root, first_job, message_timeout_s
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "REMIT_"))},
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
@@ -103,6 +103,7 @@ class Cluster:
             "SlurmdParameters=config_overrides",
             "SlurmdTimeout=25",
             "KillWait=10",
+            f"MessageTimeout={self.message_timeout_s}",
             "MinJobAge=3600",
             f"FirstJobId={self.first_job}",
             "ReturnToService=2",
@@ -129,8 +130,8 @@ class Cluster:
         while time.monotonic() < deadline and self.ask("squeue", "-h", "-o", "%i", check=False):
             time.sleep(0.2)
         files = [*(self.root / f"slurmd-{node}.pid" for node in NODES), self.root / "slurmctld.pid"]
-        for file in [*files, self.root / "munge" / "munged.pid"]:
-            _end(file)
+        _end(*files)
+        _end(self.root / "munge" / "munged.pid")
 
     def start_node(self, node: str) -> None:
         self.run("slurmd", "-N", node)
@@ -171,7 +172,7 @@ class Cluster:
                     processes.append(int(entry.name))
             except OSError:
                 continue
-        _end(self.root / f"slurmd-{node}.pid", signal.SIGKILL)
+        _end(self.root / f"slurmd-{node}.pid", number=signal.SIGKILL)
         parents = {_parent(pid) for pid in processes}
         steps = {pid for pid in parents if _command(pid) == "slurmstepd"}
         for pid in [*steps, *processes]:
@@ -229,16 +230,16 @@ def _command(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
-def _end(file: Path, number: int = signal.SIGTERM) -> None:
-    """Signal the daemon whose id is in `file`, if that still is a daemon of ours, and wait for its end."""
-    try:
-        pid = int(file.read_text())
-        if _command(pid) not in ("slurmd", "slurmctld", "munged"):
-            return
-        os.kill(pid, number)
-    except (OSError, ValueError):
-        return
-    _wait_for_end([pid])
+def _end(*files: Path, number: int = signal.SIGTERM) -> None:
+    """Signal the daemons whose ids are in `files`, as far as they still are daemons of ours, and wait for their end."""
+    pids = []
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(file.read_text())
+            if _command(pid) in ("slurmd", "slurmctld", "munged"):
+                os.kill(pid, number)
+                pids.append(pid)
+    _wait_for_end(pids)
 
 
 def _wait_for_end(pids: Iterable[int]) -> None:

@@ -133,6 +133,18 @@ def test_containers(new_run: NewRun, cluster: Cluster) -> None:
     run.wait_for_end(job)
 
 
+def test_a_module_that_cannot_be_loaded(new_run: NewRun, cluster: Cluster) -> None:
+    """The job ends before its first step, and the run folder tells why."""
+    run = new_run(**ONE_RANK)
+    variables = {"BASH_FUNC_module%%": "() { echo no such module: $2 >&2; false\n}"}
+    followed = run.launch("--follow", nodes=1, profile={"modules": ["cuda/1"]}, variables=variables, expect=2).stdout
+    job = run.events[0].start.partition(".")[0]
+    assert (cluster.job(job)["JobState"], cluster.job(job)["ExitCode"]) == ("FAILED", "2:0")
+    why = f"modules of the profile: cuda/1 cannot be loaded, see {run.folder}/logs/{job}.log"
+    assert f"state       ended: the start failed: {why} (exit code 2)\n" in followed
+    assert "no such module: cuda/1\n" in (run.folder / "logs" / f"{job}.log").read_text()
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of a megabyte."""
@@ -160,6 +172,23 @@ def test_a_bad_node_is_named_and_excluded(new_run: NewRun, cluster: Cluster, ful
     ]
     said = (run.folder / "logs" / f"{job}.0" / "preflight.log").read_text()
     assert said == f"remit: preflight: {bad}: {full_disk} has 1 MB left\n"
+
+
+def test_a_check_that_hangs(new_run: NewRun, cluster: Cluster, tmp_path: Path) -> None:
+    """On the second node, as a look at a dead network filesystem does: it is excluded after preflight_timeout_s."""
+    run = new_run()
+    bad = f"n{2 * run.pair + 1}"
+    (tmp_path / "sitecustomize.py").write_text("import shutil, signal\nshutil.disk_usage = lambda _: signal.pause()\n")
+    with cluster.node_setting(bad, "PYTHONPATH", str(tmp_path)):
+        job = run.submit(profile={"preflight": True, "preflight_timeout_s": 7})
+        run.wait(lambda: cluster.job(job)["ExcNodeList"] == bad, "the node was not excluded", timeout_s=120)
+    cluster.run("scancel", job)  # it would wait for a second sound node
+    assert [(event.name, event.detail) for event in run.events] == [
+        ("start", f"on n[{2 * run.pair}-{2 * run.pair + 1}]"),
+        ("requeue", f"preflight: {bad}"),
+    ]
+    said = (run.folder / "logs" / f"{job}.0" / "preflight.log").read_text()
+    assert said == f"remit: preflight: {bad}: rank 1's checks do not end within 7 s\n"
 
 
 def test_a_full_run_folder_ends_the_job(new_run: NewRun, cluster: Cluster, full_disk: Path) -> None:

@@ -291,7 +291,8 @@ def test_torchrun_with_a_killed_rank(new_run: NewRun, cluster: Cluster, undistur
 @pytest.fixture
 def own_cluster(shared: Path) -> Iterator[Cluster]:
     """One whose controller a test may take away from it, and from nobody else."""
-    cluster = Cluster(shared / "own-slurm", first_job=1_000_000)
+    # A question that nobody answers takes twice the timeout.
+    cluster = Cluster(shared / "own-slurm", first_job=1_000_000, message_timeout_s=5)
     try:
         cluster.root.mkdir()
         cluster.up()
@@ -301,7 +302,10 @@ def own_cluster(shared: Path) -> Iterator[Cluster]:
 
 
 def test_a_controller_that_is_away(own_cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    """At the time limit nobody answers the job: it asks again, and goes on when the controller is back."""
+    """At the time limit nobody answers the job: it asks again, and goes on when the controller is back.
+
+    It goes when the step has ended: SLURM's own record of that, if it fails, is tried again only after a minute.
+    """
     run = Run(own_cluster, tmp_path / "run", pair=0)
     run.recipe.write_text(recipe_text(data, run.folder, parallel={"tensor": 1}))
     job = run.submit(nodes=1)
@@ -309,8 +313,14 @@ def test_a_controller_that_is_away(own_cluster: Cluster, data: Path, tmp_path: P
     with run.paused(job) as ranks:
         own_cluster.run("scancel", "--signal=USR1", "--batch", job)
         run.wait(lambda: all(has_pending(pid, signal.SIGUSR1) for pid in ranks), "the rank got no signal")
+        script = batch_script(job)
+        os.kill(script, signal.SIGSTOP)
+    try:
+        run.wait(lambda: f"{job}.0" not in own_cluster.ask("squeue", "-h", "-s", "-o", "%i"), "the step did not end")
         stack = contextlib.ExitStack()
         stack.enter_context(own_cluster.no_controller())
+    finally:
+        os.kill(script, signal.SIGCONT)
     with stack:
         asked: set[int] = set()
 

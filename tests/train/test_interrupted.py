@@ -70,6 +70,16 @@ def test_signals_save_and_stop(folder: Path, undisturbed: list[dict[str, Any]]) 
     assert metrics(folder, "stopped") == undisturbed
 
 
+def test_a_signal_while_ranks_start(folder: Path) -> None:
+    """They still import, and keep it: they train one step, save and stop."""
+    recipe, log, run = recipe_file(folder, "early"), folder / "early.log", folder / "early"
+    process = start(recipe, 2, log)
+    assert wait_for(lambda: len(psutil.Process(process.pid).children()) == 2, process), log.read_text()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 75, log.read_text()
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000001\n"
+
+
 @pytest.mark.parametrize("times", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(folder: Path, undisturbed: list[dict[str, Any]], times: int) -> None:
     """Odd kills wait for a save to be under way, even ones for a random step; all ranks die at once."""
