@@ -94,9 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(func=_doctor)
     from data_prep import cli as data_cli
     from remit_megatron.convert import cli as convert_cli
+    from remit_megatron.eval import cli as benchmark_cli
 
     data_cli.add_parser(commands)
     convert_cli.add_parser(commands)
+    benchmark_cli.add_parser(commands)
     return parser
 
 
