@@ -1,6 +1,5 @@
 """`remit benchmark`: one task of a suite after the other, each in a process of its own, and what came of them."""
 
-import fcntl
 import hashlib
 import shutil
 import signal
@@ -14,10 +13,11 @@ from types import FrameType
 from typing import Any
 
 from remit_megatron.data.files import check_place, make_folder, writing
-from remit_megatron.errors import RunError, StopRequested, UserError
+from remit_megatron.errors import RunError, StopRequested
 from remit_megatron.eval import harness, results
-from remit_megatron.eval.model import find_model, weights_folder
+from remit_megatron.eval.model import Model, find_model, weights_folder
 from remit_megatron.eval.suite import SUITES, Benchmark, choose
+from remit_megatron.hf.config import read_json
 
 NO_CODE = "runs code that the model wrote: --allow-code-execution"
 GATED = "its data are gated: accept their terms on the hub and log in, or give local data with --include-path"
@@ -37,10 +37,11 @@ class Request:
     like: str | None
 
 
-def benchmark(request: Request) -> None:
+def benchmark(request: Request) -> list[str]:
     """Evaluate a model, going on with what the output folder already holds; results in its `results.json`.
 
-    Raises UserError before anything is written, RunError at the end where tasks failed, StopRequested on a signal.
+    Returns the names of the benchmarks that failed. Raises UserError before anything is written, StopRequested on a
+    signal.
     """
     suite, settings, output = SUITES[request.suite], request.settings, request.output
     chosen = choose(suite, request.tasks)
@@ -48,12 +49,13 @@ def benchmark(request: Request) -> None:
     runnable = [b for b in chosen if request.allow_code or not b.runs_code]
     versions = harness.probe(settings.python, settings.backend, runnable)
     found = find_model(request.model, request.like, suite.chat)
+    harness.check_splitting(versions, read_json(found.like / "config.json").get("model_type", ""))
     model = {"source": request.model, "identity": found.identity}
     kept = {"suite": suite.name, **_kept(settings), "lm_eval": versions["lm_eval"]}
     if (output / results.NAME).exists():
         results.check_same(output, results.read(output), model, kept)
     make_folder(output, "--output")
-    with _locked(output):
+    with results.locked(output):
         # Read again: another process may have worked here in between.
         known = results.read(output) if (output / results.NAME).exists() else {"tasks": {}}
         content = {"format": results.FORMAT, "model": model, "settings": kept, "tasks": known["tasks"]}
@@ -66,18 +68,19 @@ def benchmark(request: Request) -> None:
         if len(todo) < len(runnable):
             _say(f"{len(runnable) - len(todo)} of {len(runnable)} tasks are there already")
         if todo:
-            _run_all(request, content, todo, versions, weights_folder(found, output))
-    failed = [b.name for b in runnable if _state(content, b) == results.FAILED]
-    if failed:
-        raise RunError(
-            f"{len(failed)} of {len(runnable)} tasks failed: {', '.join(failed)}; the same command tries them again"
-        )
+            _run_all(request, content, todo, versions, found)
+    return [b.name for b in runnable if _state(content, b) == results.FAILED]
 
 
 def _run_all(
-    request: Request, content: dict[str, Any], todo: list[Benchmark], versions: dict[str, str], model: Path
+    request: Request, content: dict[str, Any], todo: list[Benchmark], versions: dict[str, str], found: Model
 ) -> None:
+    if request.settings.limit is not None:
+        _say(
+            f"WARNING: limited to {request.settings.limit} items a task: the figures are not comparable with any others"
+        )
     with writing(request.output), _stopping():
+        model = weights_folder(found, request.output)
         (request.output / "logs").mkdir(exist_ok=True)
         for number, each in enumerate(todo, 1):
             _say(f"[{number}/{len(todo)}] {each.name} ({each.task}), log in {_log(request.output, each)}")
@@ -96,7 +99,12 @@ def _run_one(request: Request, each: Benchmark, model: Path) -> dict[str, Any]:
     line = harness.command(each, model, request.settings, output, request.allow_code)
     began = time.monotonic()
     code = harness.run(line, log, allow_code=request.allow_code and each.runs_code)
-    ran = {"seconds": round(time.monotonic() - began, 1), "log": str(log.relative_to(request.output))}
+    ran = {
+        "seconds": round(time.monotonic() - began, 1),
+        "device": request.settings.device,
+        "batch_size": request.settings.batch_size,
+        "log": str(log.relative_to(request.output)),
+    }
     try:
         if code:
             raise RunError(harness.last_line(log.read_text(errors="replace")))
@@ -142,17 +150,6 @@ def _log(output: Path, each: Benchmark) -> Path:
 
 def _say(text: str) -> None:
     print(f"remit: {text}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The lock is the kernel's, so it goes with the process that holds it, however that ends."""
-    with writing(folder), (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output: another process evaluates into {folder}: wait for it or stop it") from None
-        yield
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.arguments import positive
-from remit_megatron.errors import UserError
+from remit_megatron.errors import RunError, UserError
 from remit_megatron.eval.suite import SUITES
 
 BATCH_SIZES = {"hf": "8", "vllm": "auto"}
@@ -76,11 +76,10 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         allow_code=arguments.allow_code_execution,
         like=arguments.like,
     )
-    try:
-        benchmark(request)
-    finally:
-        if (output / "results.json").exists():
-            print(table([output]))
+    failed = benchmark(request)
+    print(table([output]))
+    if failed:
+        raise RunError(f"{len(failed)} tasks failed ({', '.join(failed)}); the same command tries them again")
     return 0
 
 

@@ -32,7 +32,7 @@ print(json.dumps({
 """
 SHORTENED = re.compile(r"Left truncation applied|exceeds (model's )?max(imum)? length")
 """What lm_eval's two backends log where a prompt is too long for the model."""
-WRONG_NUMBERS = ((5, 8), (5, 13))
+WRONG = ((5, 8), (5, 13))
 """From and up to which transformers splits OLMo 2's numbers wrongly."""
 MESSAGE_CHARACTERS = 300
 
@@ -76,13 +76,14 @@ def probe(python: str, backend: str, benchmarks: Sequence[Benchmark]) -> dict[st
         )
     if found["missing"]:
         raise UserError(f"{python} lacks {', '.join(found['missing'])}, which these benchmarks import: {remedy}")
-    transformers = tuple(int(part) for part in re.findall(r"\d+", versions.get("transformers", "0"))[:2])
-    if WRONG_NUMBERS[0] <= transformers < WRONG_NUMBERS[1]:
-        raise UserError(
-            f"{python} has transformers {versions['transformers']}, which splits OLMo 2's numbers wrongly: install "
-            "5.13 or later there"
-        )
     return versions
+
+
+def check_splitting(versions: Mapping[str, str], model_type: str) -> None:
+    """Raise UserError where transformers would split this model's text into other tokens than it was trained on."""
+    version = versions.get("transformers", "0")
+    if model_type == "olmo2" and WRONG[0] <= tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < WRONG[1]:
+        raise UserError(f"transformers {version} splits OLMo 2's numbers wrongly: install 5.13 or later for --python")
 
 
 def command(benchmark: Benchmark, model: Path, settings: Settings, output: Path, allow_code: bool) -> list[str]:

@@ -3,12 +3,14 @@
 It is rewritten after each task, so that a killed evaluation goes on with the tasks that are not done.
 """
 
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from remit_megatron.data.files import write_atomically
+from remit_megatron.data.files import write_atomically, writing
 from remit_megatron.errors import UserError
 from remit_megatron.eval.suite import SUITES, Benchmark, Suite
 
@@ -29,6 +31,20 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / NAME}: is no result of `remit benchmark`: {error!r}") from None
     return content
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder of results. Raises UserError where another process does.
+
+    The lock is the kernel's, so it goes with the process that holds it, however that ends.
+    """
+    with writing(folder), (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output: another process evaluates into {folder}: wait for it or stop it") from None
+        yield
 
 
 def check_same(folder: Path, known: Mapping[str, Any], model: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

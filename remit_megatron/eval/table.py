@@ -53,9 +53,12 @@ def _paper_row(row: Row) -> list[str]:
 
 
 def _notes(suite: Suite, folder: Path, content: dict[str, Any]) -> Iterable[str]:
+    absent = [b.name for b in suite.benchmarks if b.name not in content["tasks"]]
+    if absent:
+        yield f"{folder}: no average; not evaluated: {', '.join(absent)}"
     for b in suite.benchmarks:
-        task = content["tasks"].get(b.name, {"state": results.NOT_RUN, "reason": "not asked for"})
-        if task["state"] != results.DONE:
+        task = content["tasks"].get(b.name, {})
+        if task and task["state"] != results.DONE:
             yield f"{folder}, {b.name}: {task['state']}: {task['reason']}"
         for remark in task.get("remarks", ()):
             yield f"{folder}, {b.name}: {remark}"
