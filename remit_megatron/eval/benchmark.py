@@ -52,13 +52,11 @@ def benchmark(request: Request) -> list[str]:
     harness.check_splitting(versions, read_json(found.like / "config.json").get("model_type", ""))
     model = {"source": request.model, "identity": found.identity}
     kept = {"suite": suite.name, **_kept(settings), "lm_eval": versions["lm_eval"]}
-    if (output / results.NAME).exists():
-        results.check_same(output, results.read(output), model, kept)
+    results.read_same(output, model, kept)
     make_folder(output, "--output")
     with results.locked(output):
-        # Read again: another process may have worked here in between.
-        known = results.read(output) if (output / results.NAME).exists() else {"tasks": {}}
-        content = {"format": results.FORMAT, "model": model, "settings": kept, "tasks": known["tasks"]}
+        known = results.read_same(output, model, kept)  # again: another process may have worked here in between
+        content: dict[str, Any] = {"format": results.FORMAT, "model": model, "settings": kept, "tasks": known}
         for skipped in chosen:
             if skipped not in runnable and _state(content, skipped) != results.DONE:
                 content["tasks"][skipped.name] = {"task": skipped.task, "state": results.NOT_RUN, "reason": NO_CODE}

@@ -47,8 +47,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_same(folder: Path, known: Mapping[str, Any], model: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise UserError naming what differs, unless the results in `folder` are of this model and these settings."""
+def read_same(folder: Path, model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks in a folder's results; none where it has no results yet.
+
+    Raises UserError naming what differs, unless they are of this model and these settings.
+    """
+    if not (folder / NAME).exists():
+        return {}
+    known = read(folder)
     remedy = "name another folder with --output, or remove that one"
     theirs = known["model"]
     if theirs["identity"] != model["identity"]:
@@ -62,6 +68,7 @@ def check_same(folder: Path, known: Mapping[str, Any], model: Mapping[str, Any],
                 f"{folder} holds results with {key} = {json.dumps(known['settings'].get(key))}, now "
                 f"{json.dumps(settings[key])}: {remedy}"
             )
+    return known["tasks"]
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
