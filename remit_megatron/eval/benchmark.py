@@ -94,9 +94,10 @@ def _run_one(request: Request, each: Benchmark, model: Path) -> dict[str, Any]:
     """Run one task; its record in `results.json`."""
     output, log = request.output / "lm_eval" / each.task, _log(request.output, each)
     shutil.rmtree(output, ignore_errors=True)
-    line = harness.command(each, model, request.settings, output, request.allow_code)
+    runs_code = request.allow_code and each.runs_code
+    line = harness.command(each, model, request.settings, output, runs_code)
     began = time.monotonic()
-    code = harness.run(line, log, allow_code=request.allow_code and each.runs_code)
+    code = harness.run(line, log, runs_code)
     ran = {
         "seconds": round(time.monotonic() - began, 1),
         "device": request.settings.device,

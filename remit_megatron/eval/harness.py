@@ -86,7 +86,7 @@ def check_splitting(versions: Mapping[str, str], model_type: str) -> None:
         raise UserError(f"transformers {version} splits OLMo 2's numbers wrongly: install 5.13 or later for --python")
 
 
-def command(benchmark: Benchmark, model: Path, settings: Settings, output: Path, allow_code: bool) -> list[str]:
+def command(benchmark: Benchmark, model: Path, settings: Settings, output: Path, runs_code: bool) -> list[str]:
     """How lm_eval is called for one task; it writes its results below `output`."""
     arguments = json.dumps({"pretrained": str(model), **settings.model_args})
     line = [settings.python, "-m", "lm_eval", "run", "--model", settings.backend, "--model_args", arguments]
@@ -102,19 +102,19 @@ def command(benchmark: Benchmark, model: Path, settings: Settings, output: Path,
         line += ["--include_path", str(settings.include_path)]
     if settings.chat:
         line += ["--apply_chat_template"]
-    if benchmark.runs_code and allow_code:
+    if runs_code:
         line += ["--confirm_run_unsafe_code"]
     return line
 
 
-def run(line: list[str], log: Path, allow_code: bool) -> int:
+def run(line: list[str], log: Path, runs_code: bool) -> int:
     """Run lm_eval to its end, its output in the file `log`; returns its exit code.
 
     It and what it started die with this process, and when an exception leaves this function.
     """
     environment = {**without_ranks(), "LMEVAL_LOG_LEVEL": "INFO", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop("HF_ALLOW_CODE_EVAL", None)
-    if allow_code:
+    if runs_code:
         environment["HF_ALLOW_CODE_EVAL"] = "1"
     with log.open("wb") as stream:
         child = subprocess.Popen(
