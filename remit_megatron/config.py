@@ -16,6 +16,7 @@ from remit_megatron import toml
 from remit_megatron.errors import UserError
 from remit_megatron.objectives import Objective, build_objective
 from remit_megatron.objectives.base import check_by_sample
+from remit_megatron.ops.implementation import Implementation
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -202,7 +203,7 @@ class Compute(Section):
     """bf16 keeps float32 master weights and reduces gradients in float32. auto: bf16 on CUDA, fp32 on CPU."""
     recompute: Literal["none", "full"] = "none"
     """`full` keeps one activation a layer and computes the rest again in backward."""
-    loss_implementation: Literal["auto", "torch", "triton"] = "auto"
+    loss_implementation: Implementation = "auto"
     """Of the token NLL and of FP8 rounding; `remit doctor` says what auto is here."""
     loss_head: Literal["logits", "sequence_chunks"] = "logits"
     """`sequence_chunks` forms the student's logits one sample at a time, so [s, b, V] never exists: for long contexts.

@@ -31,6 +31,7 @@ def add_parser(commands: Any) -> None:
     two.add_argument("runs", nargs="+", metavar="RUN", help="run folders that are compared with it")
     two.add_argument("--metric", required=True, help="key of metrics.jsonl, such as eval/NAME/nll")
     two.add_argument("--target", type=float, help="value to reach; default: the baseline's last")
+    two.add_argument("--better", choices=["lower", "higher"], help="default: as the metric's name tells")
     two.add_argument("--output", required=True, metavar="FOLDER")
     two.set_defaults(func=_runs)
 
@@ -67,8 +68,9 @@ def _tokens(arguments: argparse.Namespace) -> int:
 def _runs(arguments: argparse.Namespace) -> int:
     from remit_megatron.analysis.runs import write_runs
 
-    runs = [Path(run) for run in arguments.runs]
-    print(write_runs(Path(arguments.baseline), runs, arguments.metric, arguments.target, Path(arguments.output)))
+    runs = [Path(run) for run in (arguments.baseline, *arguments.runs)]
+    output = Path(arguments.output)
+    print(write_runs(runs, arguments.metric, output, target=arguments.target, better=arguments.better))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Pictures of the analyses."""
 
+import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ COLOURS = ("#4c72b0", "#c44e52", "#55a868", "#8172b3", "#dd8452", "#937860", "#d
 BINS = 80
 
 
-def plot_comparison(path: Path, comparison: Comparison) -> None:
-    """Three panels: log-probabilities of the tokens (Figure 2), margins, and KL from the reference (Figure 6b)."""
+def plot_comparison(comparison: Comparison) -> bytes:
+    """A PNG: log-probabilities of the tokens (Figure 2), margins, and KL from the reference (Figure 6b)."""
     figure, axes = _figure(3)
     mask = comparison.mask
     log_p = {"reference": -comparison.reference_nll[mask]}
@@ -25,21 +25,33 @@ def plot_comparison(path: Path, comparison: Comparison) -> None:
     _histogram(axes[0], log_p, "Log-probability of the tokens", "log p (nats)")
     _histogram(axes[1], margins, "Margin of the reference", "log p reference - log p model (nats)")
     _histogram(axes[2], divergences, "KL from the reference", "KL(reference || model) (nats)")
-    figure.savefig(path, dpi=130)
+    return _png(figure)
 
 
-def plot_curves(path: Path, panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], labels: Any) -> None:
-    """A panel a title: for each run a line (x, y). labels: title -> (x label, y label)."""
+def plot_curves(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], labels: Any) -> bytes:
+    """A PNG with a panel a title: for each run a line (x, y). labels: title -> (x label, y label)."""
     figure, axes = _figure(len(panels))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for colour, (name, (x, y)) in zip(COLOURS * len(lines), lines.items(), strict=False):
             marker = "o" if len(x) < 40 else None
-            axis.plot(x, y, color=colour, label=name, linewidth=1.5, marker=marker, markersize=3.5)
+            axis.plot(x, y, color=colour, label=_label(name), linewidth=1.5, marker=marker, markersize=3.5)
         axis.set_title(title, fontsize=11, loc="left")
         axis.set_xlabel(labels[title][0])
         axis.set_ylabel(labels[title][1])
-        axis.legend(frameon=False, fontsize=8.5)
-    figure.savefig(path, dpi=130)
+        if lines:
+            axis.legend(frameon=False, fontsize=8.5)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _label(name: str) -> str:
+    """A name as it is: matplotlib hides a label that begins with _, and sets what stands between $ as mathematics."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _figure(panels: int) -> tuple[Figure, Any]:
@@ -61,7 +73,7 @@ def _histogram(axis: Any, values: dict[str, np.ndarray], title: str, label: str)
     for name, one in values.items():
         colour = COLOURS[models.index(name) % len(COLOURS)] if name in models else "#222222"
         density, _ = np.histogram(one, bins=edges, density=True)
-        axis.stairs(density, edges, color=colour, label=f"{name} (mean {one.mean():.3f})", linewidth=1.3)
+        axis.stairs(density, edges, color=colour, label=f"{_label(name)} (mean {one.mean():.3f})", linewidth=1.3)
     axis.set_yscale("log")
     axis.set_title(title, fontsize=11, loc="left")
     axis.set_xlabel(label)

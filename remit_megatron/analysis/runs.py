@@ -4,6 +4,7 @@ What Figures 1a, 8, 12 and 16 of the paper show.
 """
 
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from remit_megatron.errors import UserError
 
 WARM_UP_STEPS = 3
 """Steps at the start of a run that timing leaves out: they allocate memory and build caches."""
-LOWER_IS_BETTER = ("nll", "loss")
+LOWER_IS_BETTER = ("nll", "loss", "kl", "ref_nll", "gap_mean", "step_ms", "score_ms", "data_ms", "wait_ms")
+HIGHER_IS_BETTER = ("exact_match", "accuracy", "tokens_per_s", "mfu")
+"""Last parts of names of metrics."""
 MS_PER_HOUR = 3.6e6
 
 
@@ -28,8 +31,9 @@ class RunFigures:
     run: str
     steps: int
     tokens: int
-    device_hours: float
-    """Of the steps; saving, evaluation and restarts are not in it."""
+    device_hours: float | None
+    """Of the run's own steps; saving, evaluation, restarts, and scores made elsewhere are not in it. None where
+    metrics.jsonl does not say on how many ranks."""
     final: float
     """The metric at the last step that has it."""
     best: float
@@ -56,78 +60,104 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     try:
         text = path.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}): name the folder of a run that has trained"
         ) from None
     except ValueError as error:
-        raise UserError(f"{path}: no valid JSON lines ({error}): restore the file") from None
+        raise UserError(f"{path}: is no text ({error}): restore the file") from None
+    lines = [_line(path, i, line) for i, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1)]
     if not lines:
         raise UserError(f"{path}: holds no step: wait for the run's first")
     return lines
 
 
-def compare_runs(baseline: Path, runs: list[Path], metric: str, target: float | None) -> list[RunFigures]:
-    """The baseline's figures first. target: what is to be reached; None: the baseline's last value of the metric.
+def _line(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        tokens, step_ms = line["tokens"], line["step_ms"]
+        if not (tokens > 0 and 0 < step_ms < math.inf):
+            raise ValueError(f"tokens = {tokens}, step_ms = {step_ms}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: line {number} is no valid JSON of a step ({error!r}): restore the file") from None
+    return dict(line)
 
-    Raises UserError for a run without metrics, or without this one.
+
+def compare_runs(
+    lines: dict[str, list[dict[str, Any]]], metric: str, target: float | None = None, better: str | None = None
+) -> tuple[list[RunFigures], float]:
+    """Figures of runs by name, the first of them the baseline, and what was to be reached.
+
+    target: None for the baseline's last value of the metric. better: "lower" or "higher"; None where the metric's name
+    tells. Raises UserError for a run without the metric, and for a metric or target that cannot be compared.
     """
-    lines = {run: read_metrics(run) for run in dict.fromkeys([baseline, *runs])}
-    names = _names(list(lines))
-    series = {run: _series(found, metric, run) for run, found in lines.items()}
+    if target is not None and not math.isfinite(target):
+        raise UserError(f"--target {target}: a number is expected")
+    sign = _sign(metric, better)
+    series = {name: _series(found, metric, name) for name, found in lines.items()}
+    baseline = next(iter(lines))
     goal = series[baseline][-1][2] if target is None else target
-    sign = 1.0 if lower_is_better(metric) else -1.0
     base = _reached(series[baseline], goal, sign)
     base_ms = _median_ms(lines[baseline])
     figures = []
-    for run, found in lines.items():
-        values = [value for _, _, value in series[run]]
-        at = _reached(series[run], goal, sign)
-        step_ms = _median_ms(found)
+    for name, found in lines.items():
+        values = [value for _, _, value in series[name]]
+        at = _reached(series[name], goal, sign)
+        hours, step_ms = device_hours(found), _median_ms(found)
         figures.append(
             RunFigures(
-                run=names[run],
+                run=name,
                 steps=len(found),
                 tokens=found[-1]["tokens"],
-                device_hours=float(device_hours(found)[-1]),
+                device_hours=None if hours is None else float(hours[-1]),
                 final=values[-1],
                 best=min(values, key=lambda x: sign * x),
                 reached_tokens=at[0] if at else None,
                 reached_device_hours=at[1] if at else None,
                 tokens_speedup=base[0] / at[0] if base and at else None,
-                hours_speedup=base[1] / at[1] if base and at else None,
+                hours_speedup=base[1] / at[1] if base and at and base[1] is not None and at[1] is not None else None,
                 step_ms=step_ms,
                 steps_per_s_over_baseline=base_ms / step_ms,
                 score_share=_median_share(found),
-                grad_norm=_quantiles([x["grad_norm"] for x in found if x.get("grad_norm") is not None]),
+                grad_norm=_quantiles([x["grad_norm"] for x in found if _has(x, "grad_norm")]),
             )
         )
-    return figures
+    return figures, goal
 
 
-def write_runs(baseline: Path, runs: list[Path], metric: str, target: float | None, output: Path) -> str:
-    """Write runs.json and runs.png into `output`; returns a table. Raises UserError as `compare_runs`."""
-    figures = compare_runs(baseline, runs, metric, target)
-    make_folder(output, "--output")
-    text = json.dumps({"metric": metric, "runs": [asdict(one) for one in figures]}, indent=1)
-    write_atomically(output / "runs.json", (text + "\n").encode())
-    lines = {run: read_metrics(run) for run in dict.fromkeys([baseline, *runs])}
-    names = _names(list(lines))
+def write_runs(
+    runs: list[Path], metric: str, output: Path, *, target: float | None = None, better: str | None = None
+) -> str:
+    """Write runs.json and runs.png into `output`; returns a table. The first run is the baseline.
+
+    Raises UserError as `compare_runs`, before anything is written.
+    """
+    lines = {name: read_metrics(run) for run, name in _names(runs).items()}
+    figures, goal = compare_runs(lines, metric, target, better)
     by_tokens, by_hours, norms = {}, {}, {}
-    for run, found in lines.items():
-        tokens, hours, values = (np.array(column) for column in zip(*_series(found, metric, run), strict=True))
-        by_tokens[names[run]], by_hours[names[run]] = (tokens, values), (hours, values)
-        steps = [(x["tokens"], x["grad_norm"]) for x in found if x.get("grad_norm") is not None]
-        norms[names[run]] = tuple(np.array(column) for column in zip(*steps, strict=True)) if steps else ([], [])
-    panels: Any = {"To the baseline's quality, in tokens": by_tokens, "In device hours": by_hours}
+    for name, found in lines.items():
+        tokens, hours, values = (np.array(column) for column in zip(*_series(found, metric, name), strict=True))
+        by_tokens[name] = tokens, values
+        if hours[0] is not None:
+            by_hours[name] = hours.astype(float), values
+        steps = [(x["tokens"], x["grad_norm"]) for x in found if _has(x, "grad_norm")]
+        if steps:
+            norms[name] = np.array([x for x, _ in steps]), np.array([y for _, y in steps])
+    panels = {"To the baseline's quality, in tokens": by_tokens, "In device hours": by_hours}
     panels["Gradient norm before clipping"] = norms
-    plot_curves(
-        output / "runs.png",
-        panels,
-        dict(zip(panels, [("tokens", metric), ("device hours", metric), ("tokens", "norm")], strict=True)),
-    )
-    return table(figures, metric)
+    axes = [("tokens", metric), ("device hours", metric), ("tokens", "norm")]
+    picture = plot_curves(panels, dict(zip(panels, axes, strict=True)))
+    content = {"metric": metric, "target": goal, "better": "lower" if _sign(metric, better) > 0 else "higher"}
+    content["runs"] = [asdict(one) for one in figures]
+    make_folder(output, "--output")
+    write_atomically(output / "runs.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(output / "runs.png", picture)
+    notes = [f"To reach: {content['better']} than or equal to {goal:g}. Hours are of the runs' own steps; scores made"]
+    notes[0] += " ahead or beside a run are not in them."
+    unknown = [one.run for one in figures if one.device_hours is None]
+    if unknown:
+        notes.append(f"metrics.jsonl does not say on how many ranks it ran: {', '.join(unknown)}")
+    return "\n".join([table(figures, metric), "", *notes])
 
 
 def table(figures: list[RunFigures], metric: str) -> str:
@@ -150,35 +180,47 @@ def table(figures: list[RunFigures], metric: str) -> str:
                 "-" if one.grad_norm is None else f"{one.grad_norm['0.5']:.3g}",
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
 
 
-def lower_is_better(metric: str) -> bool:
-    return metric.rsplit("/", 1)[-1] in LOWER_IS_BETTER
+def device_hours(lines: list[dict[str, Any]]) -> np.ndarray | None:
+    """Device hours after each step, of however many ranks it ran on; None where a line does not say."""
+    if not all(_has(line, "ranks") for line in lines):
+        return None
+    return np.cumsum([line["step_ms"] * line["ranks"] for line in lines]) / MS_PER_HOUR
 
 
-def device_hours(lines: list[dict[str, Any]]) -> np.ndarray:
-    """Device hours after each step: a run may go on with another number of ranks. Lines without one count as one."""
-    return np.cumsum([line["step_ms"] * line.get("ranks", 1) for line in lines]) / MS_PER_HOUR
+def _sign(metric: str, better: str | None) -> float:
+    """1 where lower is better, -1 where higher is."""
+    last = metric.rsplit("/", 1)[-1]
+    known = "lower" if last in LOWER_IS_BETTER else "higher" if last in HIGHER_IS_BETTER else None
+    if better is None and known is None:
+        raise UserError(f"--metric {metric}: say with --better whether lower or higher is better")
+    return 1.0 if (better or known) == "lower" else -1.0
 
 
-def _series(lines: list[dict[str, Any]], metric: str, run: Path) -> list[tuple[int, float, float]]:
+def _series(lines: list[dict[str, Any]], metric: str, run: str) -> list[tuple[int, float | None, float]]:
     """(tokens, device hours, value) of the steps that have the metric."""
     hours = device_hours(lines)
-    found = [(x["tokens"], float(h), float(x[metric])) for x, h in zip(lines, hours, strict=True) if _has(x, metric)]
+    found = [
+        (x["tokens"], None if hours is None else float(hours[i]), float(x[metric]))
+        for i, x in enumerate(lines)
+        if _has(x, metric)
+    ]
     if not found:
         known = sorted({key for line in lines for key in line if key.startswith("eval/")})
-        raise UserError(
-            f"{run / 'metrics.jsonl'}: no step has '{metric}'; evaluations in it: {', '.join(known) or 'none'}"
-        )
+        raise UserError(f"{run}: no step has '{metric}'; evaluations in its metrics: {', '.join(known) or 'none'}")
     return found
 
 
-def _has(line: dict[str, Any], metric: str) -> bool:
-    return isinstance(line.get(metric), int | float)
+def _has(line: dict[str, Any], key: str) -> bool:
+    value = line.get(key)
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _reached(series: list[tuple[int, float, float]], goal: float, sign: float) -> tuple[int, float] | None:
+def _reached(
+    series: list[tuple[int, float | None, float]], goal: float, sign: float
+) -> tuple[int, float | None] | None:
     return next(((tokens, hours) for tokens, hours, value in series if sign * value <= sign * goal), None)
 
 
@@ -198,9 +240,12 @@ def _quantiles(values: list[float]) -> dict[str, float] | None:
 
 
 def _names(runs: list[Path]) -> dict[Path, str]:
-    """The folders' last names; whole paths where two share one."""
-    short = [run.resolve().name for run in runs]
-    return dict(zip(runs, short if len(set(short)) == len(short) else map(str, runs), strict=True))
+    """Each run once: the folders' last names, or whole paths where two share one."""
+    found = {run.resolve(): run for run in reversed(runs)}
+    folders = [path for path in dict.fromkeys(run.resolve() for run in runs)]
+    short = [path.name for path in folders]
+    names = short if len(set(short)) == len(short) else [str(found[path]) for path in folders]
+    return dict(zip(folders, names, strict=True))
 
 
 def _times(value: float | None) -> str:

@@ -24,12 +24,13 @@ from remit_megatron.reference.online import Reference
 from remit_megatron.shape import check_layout
 from remit_megatron.train.checkpoint import Meta
 from remit_megatron.train.dealt import DealtSamples
+from remit_megatron.train.fit import check_documents, recipe_tokenizer
 from remit_megatron.train.hf_source import ensure_converted
-from remit_megatron.train.models import find_model, training_dtype
+from remit_megatron.train.models import check_document_mask, find_model, training_dtype
 from remit_megatron.train.runtime import Process, from_rank_0
 
 ROUNDS_AT_A_TIME = 4
-"""Of the schedule: so many microbatches, or rounds of them, have their hidden states of the reference held at once."""
+"""So many microbatches a pipeline stage have their hidden states of the reference held at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +76,11 @@ def compare_models(
     found = from_rank_0(lambda: _find_all(recipe, paths), process.device)
     groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
     meta = found["reference"][1]
-    source = datasets.open_source(
-        recipe.data.eval[set_name], recipe.data, meta.model_shape().vocab_size, meta.tokenizer
-    )
-    dealt = DealtSamples(recipe, datasets.HeldOut(source, recipe.data, samples), groups, process.device)
+    vocab_size, tokenizer = meta.model_shape().vocab_size, recipe_tokenizer(recipe) or meta.tokenizer
+    source = datasets.open_source(recipe.data.eval[set_name], recipe.data, vocab_size, tokenizer)
+    held_out = datasets.HeldOut(source, recipe.data, samples)
+    check_documents(recipe, held_out.eod_id, vocab_size)
+    dealt = DealtSamples(recipe, held_out, groups, process.device)
     kept = [dealt.held_out.sample(n) for n in range(dealt.held_out.length)]
     mask = np.stack([one["loss_mask"] for one in kept]) > 0
     if not mask.any():
@@ -86,9 +88,11 @@ def compare_models(
     segments = np.stack([one["segment_ids"] for one in kept]) if "segment_ids" in kept[0] else None
     scorer = _Scorer(recipe, groups, dealt, process, found)
     reference_nll = np.where(mask, scorer.reference_nll(), 0.0).astype(np.float32)
+    _check_numbers("--reference", reference_nll, mask)
     results = {}
     for name in models:
         nll, kl = scorer.nll_and_kl(name)
+        _check_numbers(f"--models {name}", nll + kl, mask)
         results[name] = ModelTokens(
             nll=np.where(mask, nll, 0.0).astype(np.float32),
             kl=np.where(mask, kl, 0.0).astype(np.float32),
@@ -104,8 +108,18 @@ def compare_models(
     )
 
 
+def _check_numbers(flag: str, values: np.ndarray, mask: np.ndarray) -> None:
+    wrong = int((~np.isfinite(values[mask])).sum())
+    if wrong:
+        raise UserError(
+            f"{flag}: {wrong:,} of {int(mask.sum()):,} tokens have an NLL that is not a number: the model's weights "
+            "are broken, or compute.precision is too low for it"
+        )
+
+
 def _find_all(recipe: Recipe, paths: dict[str, str]) -> dict[str, tuple[Path, Meta]]:
     """Every model's checkpoint and description. Raises UserError where one lacks or does not go with the reference."""
+    check_document_mask(recipe)
     flags = {name: "--reference" if name == "reference" else f"--models {name}" for name in paths}
     found = {name: find_model(path, flags[name], recipe) for name, path in paths.items()}
     theirs = found["reference"][1]
@@ -202,7 +216,7 @@ class _Scorer:
     def _spans(self, name: str) -> Any:
         """(first, last) microbatch of each call of the schedule; rank 0 says how far it is."""
         dealt = self.dealt
-        size = dealt.round * ROUNDS_AT_A_TIME
+        size = max(dealt.round, self.recipe.parallel.pipeline) * ROUNDS_AT_A_TIME
         for first in range(0, dealt.count, size):
             last = min(first + size, dealt.count)
             yield first, last

@@ -14,7 +14,7 @@ from remit_megatron.analysis.margins import summarise, token_table
 from remit_megatron.analysis.plots import plot_comparison
 from remit_megatron.analysis.score import Comparison, compare_models
 from remit_megatron.config import Recipe
-from remit_megatron.data.files import check_place, make_folder, write_atomically
+from remit_megatron.data.files import check_place, make_folder, write_atomically, writing
 from remit_megatron.errors import UserError
 from remit_megatron.train.evaluate import open_tokenizer
 from remit_megatron.train.runtime import from_rank_0, joined_process
@@ -51,29 +51,48 @@ def analyze_tokens(
 
 
 def _write(comparison: Comparison, tokenizer: Any, show: int, output: Path) -> None:
-    """On rank 0."""
-    text_of: Callable[[int], str] | None = (lambda token: tokenizer.decode([token])) if tokenizer else None
+    """On rank 0. Everything is made before anything is written."""
+    text_of: Callable[[int], str] | None = None
+    files: dict[str, bytes] = {}
+    if tokenizer:
+
+        def text_of(token: int) -> str:
+            return str(tokenizer.decode([token], skip_special_tokens=False))
+
+        texts = [words(tokenizer, row.tolist()) for row in comparison.tokens[:show]]
+        files["margins.html"] = page(comparison, texts).encode()
     summary = summarise(comparison, text_of)
-    make_folder(output, "--output")
+    content = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
+    files["summary.json"] = (content + "\n").encode()
     sink = pa.BufferOutputStream()
     pq.write_table(token_table(comparison), sink)
-    write_atomically(output / "tokens.parquet", sink.getvalue().to_pybytes())
-    write_atomically(output / "summary.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
-    plot_comparison(output / "distributions.png", comparison)
-    if tokenizer:
-        texts = [words(tokenizer, row.tolist()) for row in comparison.tokens[:show]]
-        write_atomically(output / "margins.html", page(comparison, texts).encode())
-    else:
+    files["tokens.parquet"] = sink.getvalue().to_pybytes()
+    files["distributions.png"] = plot_comparison(comparison)
+    make_folder(output, "--output")
+    for name, data in files.items():
+        write_atomically(output / name, data)
+    if not tokenizer:
+        with writing(output):
+            (output / "margins.html").unlink(missing_ok=True)  # of an earlier comparison
         print("remit: margins.html needs data.tokenizer: left out", file=sys.stderr)
     print(report(summary))
 
 
 def words(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each id adds to those before it; empty where a character is not complete yet."""
+    """The text that each id adds to those before it; empty where a character is not complete yet.
+
+    Bytes that are no text give U+FFFD, and decoding starts anew after them.
+    """
     from tokenizers.decoders import DecodeStream
 
-    stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(tokenizer, token) or "" for token in ids]
+    stream, found = DecodeStream(skip_special_tokens=False), []
+    for token in ids:
+        try:
+            found.append(stream.step(tokenizer, token) or "")
+        except Exception:  # noqa: BLE001 - the library raises no narrower one
+            found.append("\ufffd")
+            stream = DecodeStream(skip_special_tokens=False)
+    return found
 
 
 def report(summary: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ ordinary training schedule runs with the same microbatches. Scores that are alre
 import contextlib
 import functools
 import operator
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,7 +82,7 @@ class ForwardStep:
         self.graph = graph
         self.step = 0
         """Number of the optimizer step, for objectives that draw random numbers; the training loop sets it."""
-        self._checked: set[int] = set()
+        self._checked: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def prepare(self, data_iterator: Iterator[Batch], num_microbatches: int, chunks: list[Any] | Any) -> Any:
         """Read a step's microbatches, score them where the objective needs it, and return the schedule's data_iterator.
@@ -308,7 +309,7 @@ class ForwardStep:
 
     def _check(self, model: Any) -> None:
         """Refuse, once a model, the configurations that Megatron accepts and computes wrongly."""
-        if id(model) in self._checked:
+        if model in self._checked:
             return
         if not isinstance(model, RemitGPTModel):
             raise UserError(f"the model must be a remit_megatron.mcore.RemitGPTModel, got {type(model).__name__}")
@@ -323,7 +324,7 @@ class ForwardStep:
                 "pipeline 2 with virtual stages needs overlap_p2p_comm=True and batch_p2p_comm=False: batched p2p "
                 "mixes activations and gradients silently"
             )
-        self._checked.add(id(model))
+        self._checked.add(model)
 
 
 def run_schedule(

@@ -21,7 +21,7 @@ def quantise_rows(x: Tensor, *, implementation: Implementation = "auto") -> tupl
     448. A row that holds an infinity or NaN gets the scale NaN, or NaN where x has it: its products are NaN either way.
 
     implementation: "torch", "triton" (one read of x and one write), or "auto": Triton on CUDA, torch on CPU. Both give
-    the same bits. Raises UserError where it cannot run.
+    the same bits for rows of numbers. Raises UserError where it cannot run.
     """
     kernels = triton_kernels(implementation, x.device.type, "fp8_triton")
     if kernels is not None:

@@ -217,9 +217,11 @@ class ScoreCache:
                 f"{self.key}: {self.folder} has no scores of the dataset of data.train[{i}] "
                 f"({wanted.fingerprint[:12]}; it has {known}): run `remit score` with this recipe"
             )
-        # A recipe may name one dataset twice; its scores are the same.
+        # A recipe may name one dataset twice; its scores are the same, but one of the two may not be done yet.
         same = [source for source, one in enumerate(fingerprints) if one == wanted.fingerprint]
         source = max(same, key=lambda source: self.manifest.sources[source].samples)
+        if len(same) > 1:
+            source = next((one for one in same if self._is_done(one, wanted.samples)), source)
         samples = self.manifest.sources[source].samples
         if samples < wanted.samples:
             raise UserError(
@@ -227,6 +229,13 @@ class ScoreCache:
                 f"{wanted.samples:,}: run `remit score` with this recipe, it adds the rest"
             )
         return source
+
+    def _is_done(self, source: int, samples: int) -> bool:
+        """Whether so many samples of one of the cache's sources are there."""
+        size = self.manifest.block_samples
+        firsts = range(0, samples, size)
+        blocks = (Block(source, first // size, first, min(size, samples - first)) for first in firsts)
+        return all(self._is_there(block) for block in blocks)
 
     def _check_blocks(self) -> None:
         missing = self.missing()

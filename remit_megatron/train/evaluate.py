@@ -18,8 +18,9 @@ from remit_megatron.mcore.step import make_forward_step, run_schedule
 from remit_megatron.objectives import NTP
 from remit_megatron.shape import check_layout
 from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint
+from remit_megatron.train.dealt import DealtSamples
 from remit_megatron.train.metrics import read, reduce_reports
-from remit_megatron.train.models import training_dtype
+from remit_megatron.train.models import check_document_mask, training_dtype
 from remit_megatron.train.runtime import Process, joined_process
 
 
@@ -59,12 +60,8 @@ class Evaluator:
 
     def _nll(self, held_out: datasets.HeldOut, chunks: list[Any], device: torch.device) -> float | None:
         """None where the mask keeps no token."""
-        samples, dp = self.recipe.batch.microbatch_samples, self.groups.dp
-        count = -(-held_out.length // (samples * dp.size()))
-        stages = self.recipe.parallel.pipeline
-        if self.recipe.parallel.virtual_pipeline > 1:  # the interleaved schedule takes whole rounds only
-            count = -(-count // stages) * stages
-        batches = datasets.microbatches(held_out, 0, count, samples, dp.rank(), dp.size())
+        dealt = DealtSamples(self.recipe, held_out, self.groups, device)
+        batches = dealt.microbatches(0, dealt.count)
         step = make_forward_step(NTP(), groups=self.groups)
         reports = run_schedule(step, batches, chunks, forward_only=True)
         ratios, _ = reduce_reports(reports, self.groups.counts_loss, [], device)
@@ -79,6 +76,7 @@ def evaluate_checkpoint(
     problems: jsonl with `prompt` and `answer`. Prints the figures as JSON on rank 0, and writes them to `output`.
     Raises UserError for a checkpoint or a file that does not fit.
     """
+    check_document_mask(recipe)
     cases = _read_problems(problems) if problems else None
     tokenizer = open_tokenizer(recipe) if problems else None
     if output and not Path(output).absolute().parent.is_dir():

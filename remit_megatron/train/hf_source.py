@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from remit_megatron.data.files import writing
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.hf import tokenizer
 from remit_megatron.hf.families import read_shape, tensor_names
@@ -60,7 +61,8 @@ def _convert(source: str, checkpoint: Path) -> str | None:
     """In a process of its own: this one may be bound to a GPU and to a process group of many ranks."""
     if (checkpoint / "meta.json").exists():
         return None
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with writing(checkpoint.parent):
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
     print(f"remit: converting {source} into {checkpoint}, once", file=sys.stderr, flush=True)
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     command = [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli", "convert", "import", source]

@@ -57,10 +57,7 @@ def make_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> P
     shape = student_shape(recipe, init_meta.model_shape() if init_meta else None)
     check_layout(shape, recipe.parallel, "model")
     check_graph(recipe, device_type)
-    if recipe.data.document_mask and recipe.model.implementation == "transformer_engine":
-        raise UserError(
-            "data.document_mask needs model.implementation = 'local': Transformer Engine's takes no such mask here"
-        )
+    check_document_mask(recipe)
     reference_path = reference_meta = reference_shape = None
     if recipe.reference is not None:
         reference_path, reference_meta = find_model(recipe.reference.path, "reference.path", recipe)
@@ -85,6 +82,14 @@ def make_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> P
         resume=resume,
         dtype=training_dtype(recipe, device_type),
     )
+
+
+def check_document_mask(recipe: Recipe) -> None:
+    """Raises UserError where models would take a mask of documents for another mask, or for none."""
+    if recipe.data.document_mask and recipe.model.implementation == "transformer_engine":
+        raise UserError(
+            "data.document_mask needs model.implementation = 'local': Transformer Engine's takes no such mask here"
+        )
 
 
 def _identity(path: Path | None, meta: Meta | None) -> str | None:

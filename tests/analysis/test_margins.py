@@ -1,15 +1,18 @@
 """Figures, coloured text and pictures from a comparison whose numbers are known."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 
 from remit_megatron.analysis.heatmap import colour, page
 from remit_megatron.analysis.margins import concentration, summarise, token_table
 from remit_megatron.analysis.plots import plot_comparison
 from remit_megatron.analysis.score import Comparison, ModelTokens
+from remit_megatron.analysis.tokens import words
+from tests.data_prep import tokenizers
 
 
 @pytest.fixture
@@ -88,6 +91,29 @@ def test_colours() -> None:
     assert depth == sorted(depth, reverse=True)
 
 
-def test_picture(comparison: Comparison, tmp_path: Path) -> None:
-    plot_comparison(tmp_path / "a.png", comparison)
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+def test_picture(comparison: Comparison) -> None:
+    assert plot_comparison(comparison).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "sentencepiece"])
+def test_words(kind: str) -> None:
+    """Together they are the text; what is no text costs only itself."""
+    tokenizer = tokenizers.build(kind)
+    text = "So, x = 3 \u20ac \U0001f600.\n  Th\u00e9n \\boxed{4}"
+    ids = tokenizer.encode(text).ids
+    found = words(tokenizer, ids)
+    assert len(found) == len(ids)
+    assert "".join(found).strip() == tokenizer.decode(ids, skip_special_tokens=False).strip()
+
+
+def test_words_of_broken_bytes() -> None:
+    vocabulary = {"<unk>": 0, "<0x0A>": 1, "<0xE9>": 2, "<0x41>": 3, "b": 4, "</s>": 5}
+    tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    found = words(tokenizer, [1, 2, 1, 3, 4, 4, 5, 4, 4])
+    assert len(found) == 9
+    assert "\ufffd" in "".join(found)
+    assert "".join(found).endswith("b</s>bb"), found

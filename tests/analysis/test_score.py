@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from remit_megatron.analysis.score import _check_numbers
 from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError
 from tests.ranks import run_ranks
@@ -174,3 +175,11 @@ def test_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
 
 def train_and_compare(rank: int, recipes: list[Any], jobs: list[Any]) -> tuple[Any, Any]:
     return runs.train_all(rank, recipes), compare_all(rank, jobs)
+
+
+def test_numbers_that_are_none() -> None:
+    """A masked token may hold anything, another may not."""
+    mask = np.array([[True, True, False]])
+    _check_numbers("--models m", np.array([[1.0, 2.0, np.nan]]), mask)
+    with pytest.raises(RemitError, match=r"^--models m: 1 of 2 tokens have an NLL that is not a number: "):
+        _check_numbers("--models m", np.array([[1.0, np.inf, 0.0]]), mask)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from remit_megatron.cli import main
-from remit_megatron.eval import results
+from remit_megatron.data.files import locked
 from remit_megatron.hf.folder import HFFolder
 from tests.eval import tiny
 
@@ -237,7 +237,7 @@ def test_other_model_or_settings_in_one_folder(
     assert "with local_tasks = " in refusal(capsys, model, *rest)
     assert "with model_args = {}, now" in refusal(capsys, model, *rest, *tasks, "--set-model-args", "max_length=9")
     assert "with suite = " in refusal(capsys, model, "--suite", "post", *rest[2:], *tasks)
-    with results.locked(root / "out"):
+    with locked(root / "out" / ".lock"):
         assert "another process evaluates into" in refusal(capsys, model, *rest, *tasks)
     assert (root / "out" / "results.json").read_bytes() == before
 

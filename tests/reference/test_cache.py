@@ -56,6 +56,9 @@ def test_sources_in_any_order_or_twice(tmp_path: Path) -> None:
     for first in (twice, twice[::-1]):  # one dataset named twice: the scores are the same
         named = ScoreCache.open(tmp_path / "twice", manifest.model_copy(update={"sources": first}))
         assert [named.scores(i, 1)[0] for i in (0, 1)] == [4 / 2048] * 2
+    (tmp_path / "twice/source-001/00000000.scores").unlink()
+    named = ScoreCache.open(tmp_path / "twice", manifest.model_copy(update={"sources": twice[:1]}))
+    assert named.scores(0, 1)[0] == 4 / 2048, "the one that is done serves"
 
 
 def test_growing_while_a_run_reads(tmp_path: Path) -> None:
