@@ -15,6 +15,7 @@ OPTIONAL = {
     "triton": ("triton", "compute.loss_implementation = 'triton'"),
     "nvidia-dali-cuda120": ("nvidia.dali", "the DALI loader"),
     "wandb": ("wandb", "logging.wandb"),
+    "lm-eval": ("lm_eval", "remit benchmark"),
     "tensorboard": ("torch.utils.tensorboard", "logging.tensorboard"),
 }
 
