@@ -153,12 +153,7 @@ class ForwardStep:
         batch = next(iterator)
         with self._distillation(batch, unwrap(model)):
             both, local = self._forward(batch, model)
-
-        def keep(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            found.append(output.detach().float())
-            return output.sum(), local["loss_mask"].sum().int(), {}
-
-        return both, keep
+        return both, functools.partial(_keep, found, local)
 
     @torch.no_grad()
     def select(self, batches: list[Batch], chunks: list[Any]) -> None:
@@ -195,13 +190,7 @@ class ForwardStep:
         self, scores: list[Tensor], graph: Replayed | None, iterator: Iterator[Batch], model: Any
     ) -> tuple[Tensor, Any]:
         local = self.local_batch(next(iterator), model)
-        nll = self._run(local, model, graph)
-
-        def keep(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            scores.append(output.detach().float())
-            return output.sum(), local["loss_mask"].sum().int(), {}
-
-        return nll, keep
+        return self._run(local, model, graph), functools.partial(_keep, scores, local)
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator)
@@ -358,6 +347,12 @@ def unwrap(model: Any) -> Any:
     while not isinstance(model, RemitGPTModel) and hasattr(model, "module"):
         model = model.module
     return model
+
+
+def _keep(results: list[Tensor], local: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As a schedule's loss function, for passes whose outputs are what is wanted: adds them to `results`."""
+    results.append(output.detach().float())
+    return output.sum(), local["loss_mask"].sum().int(), {}
 
 
 def _for_schedule(out: LossSum) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
