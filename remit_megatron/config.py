@@ -358,6 +358,11 @@ class Recipe(Section):
             raise UserError(
                 f"[reference] is given but objective.name = '{objective.name}' uses none: remove one of them"
             )
+        if Need.ENTROPY in objective.needs:
+            raise UserError(
+                f"objective.name = '{objective.name}' needs the entropy of the reference's distribution, which no "
+                "source of scores of a recipe gives: a script of one's own can (docs/plugin.md)"
+            )
         if self.compute.loss_head == "sequence_chunks":
             check_by_sample(objective)
         self._check_scores()
