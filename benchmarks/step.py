@@ -41,12 +41,12 @@ import torch.multiprocessing
 
 from benchmarks.step_figures import CPU_LIMITS, LIMITS, Times, figures, spread, verdict
 from benchmarks.step_scorer import Queue, own_part, random_batches
+from remit_megatron import flops
 from remit_megatron.config import Optimizer, Parallel, Schedule
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import compat, platform
 from remit_megatron.objectives import KD, NTP, Remit, Rho1
 from remit_megatron.shape import ModelShape
-from remit_megatron.train import flops
 
 ARMS = ("ntp", "remit", "remit-fp8", "remit-graph", "remit-scores", "remit-queued", "rho1", "kd")
 CPU_ARMS = ("ntp", "remit", "remit-scores", "remit-queued", "rho1", "kd")

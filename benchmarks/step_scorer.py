@@ -14,8 +14,8 @@ import torch.distributed as dist
 from remit_megatron.config import Parallel
 from remit_megatron.mcore import platform
 from remit_megatron.objectives import NTP
-from remit_megatron.reference.score_manifest import CacheManifest
-from remit_megatron.reference.score_queue import QueueManifest, RunSide, ScorerSide, write_step
+from remit_megatron.scores.manifest import CacheManifest
+from remit_megatron.scores.queue import QueueManifest, RunSide, ScorerSide, write_step
 
 AHEAD_STEPS = 4
 POLL_S = 0.01

@@ -140,7 +140,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             if getattr(arguments, flag):
                 command += [f"--{flag}", getattr(arguments, flag)]
         return _start_ranks(command, arguments.nproc)
-    from remit_megatron.train.evaluate import evaluate_checkpoint
+    from remit_megatron.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(recipe, arguments.checkpoint, arguments.problems, arguments.max_new_tokens, arguments.output)
     return 0
@@ -148,7 +148,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     from remit_megatron.config import load_recipe
-    from remit_megatron.train.score import score_recipe
+    from remit_megatron.scores.score import score_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.follow and (arguments.output or arguments.check or arguments.export or arguments.shard != (0, 1)):
@@ -157,7 +157,7 @@ def _score(arguments: argparse.Namespace) -> int:
             "--export do not go with it"
         )
     if arguments.export:
-        from remit_megatron.train.export import export_scores
+        from remit_megatron.scores.export import export_scores
 
         print(*export_scores(recipe, arguments.output, arguments.export), sep="\n")
         return 0
@@ -168,7 +168,7 @@ def _score(arguments: argparse.Namespace) -> int:
         command += ["--follow"] if arguments.follow else []
         return _start_ranks(command, arguments.nproc, listens=arguments.follow)
     if arguments.follow:
-        from remit_megatron.train.follow import follow_run
+        from remit_megatron.scores.follow import follow_run
 
         follow_run(recipe)
         return 0
@@ -177,8 +177,8 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from remit_megatron.check import check_recipe
     from remit_megatron.config import load_recipe
-    from remit_megatron.train.check import check_recipe
 
     print(check_recipe(load_recipe(arguments.recipe, arguments.overrides), arguments.ranks))
     return 0
@@ -226,7 +226,7 @@ def _sync_wandb(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from remit_megatron.train.doctor import report
+    from remit_megatron.doctor import report
 
     print(report())
     return 0

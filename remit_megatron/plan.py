@@ -7,15 +7,15 @@ What Megatron, NCCL and the allocator take besides (1 to 4 GB a GPU) is not in t
 from dataclasses import dataclass
 from pathlib import Path
 
+from remit_megatron import flops
 from remit_megatron.config import Parallel, Recipe
 from remit_megatron.errors import UserError
 from remit_megatron.hf.config import read_json
 from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import is_hf_folder
+from remit_megatron.run.build_plan import student_shape
+from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
 from remit_megatron.shape import ModelShape, check_layout
-from remit_megatron.train import flops
-from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint
-from remit_megatron.train.models import student_shape
 
 GB = 1e9
 

@@ -20,14 +20,14 @@ from remit_megatron.mcore.model import Build, build_chunks
 from remit_megatron.mcore.step import ForwardStep, make_forward_step
 from remit_megatron.objectives import KD, NTP, Remit
 from remit_megatron.ops.weights import remit_weights
-from remit_megatron.reference.online import Reference
+from remit_megatron.run.build_plan import check_document_mask, find_model, training_dtype
+from remit_megatron.run.checkpoint import Meta
+from remit_megatron.run.dealt import DealtSamples
+from remit_megatron.run.fit import check_documents, recipe_tokenizer
+from remit_megatron.run.hf_source import ensure_converted
+from remit_megatron.run.process import Process, from_rank_0
+from remit_megatron.run.reference import Reference
 from remit_megatron.shape import check_layout
-from remit_megatron.train.checkpoint import Meta
-from remit_megatron.train.dealt import DealtSamples
-from remit_megatron.train.fit import check_documents, recipe_tokenizer
-from remit_megatron.train.hf_source import ensure_converted
-from remit_megatron.train.models import check_document_mask, find_model, training_dtype
-from remit_megatron.train.runtime import Process, from_rank_0
 
 ROUNDS_AT_A_TIME = 4
 """So many microbatches a pipeline stage have their hidden states of the reference held at once."""

@@ -16,8 +16,8 @@ from remit_megatron.analysis.score import Comparison, compare_models
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import check_place, make_folder, write_atomically, writing
 from remit_megatron.errors import UserError
-from remit_megatron.train.evaluate import open_tokenizer
-from remit_megatron.train.runtime import from_rank_0, joined_process
+from remit_megatron.evaluate import open_tokenizer
+from remit_megatron.run.process import from_rank_0, joined_process
 
 
 def analyze_tokens(

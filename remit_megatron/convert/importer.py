@@ -13,8 +13,8 @@ from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import HFFolder, choose_dtype
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import whole_model
-from remit_megatron.train.checkpoint import Meta, write_meta
-from remit_megatron.train.hf_source import origin
+from remit_megatron.run.checkpoint import Meta, write_meta
+from remit_megatron.run.hf_source import origin
 
 
 def import_folder(source: Path, target: Path, dtype: torch.dtype | None = None, quiet: bool = False) -> str:

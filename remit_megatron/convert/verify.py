@@ -12,8 +12,8 @@ from remit_megatron.hf.config import read_json
 from remit_megatron.hf.families import read_shape
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import whole_model
+from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
 from remit_megatron.shape import ModelShape
-from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint
 
 TEXT = (
     "In 2023 the committee asked 17 students to prove that the sum of two odd numbers is even. "

@@ -9,13 +9,13 @@ from remit_megatron.config import Recipe
 from remit_megatron.mcore.datasets import SourceSamples
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.objectives import Objective
-from remit_megatron.train.models import Plan
+from remit_megatron.run.build_plan import BuildPlan
 
 
 def start_lines(
     *,
     recipe: Recipe,
-    plan: Plan,
+    plan: BuildPlan,
     objective: Objective,
     groups: Groups,
     device: torch.device,

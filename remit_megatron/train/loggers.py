@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from remit_megatron.config import Recipe, load_recipe
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.train.checkpoint import CheckpointFolder, read_meta
+from remit_megatron.run.checkpoint import CheckpointFolder, read_meta
 from remit_megatron.train.wandb_run import Target, WandbProcess, upload
 
 Line = dict[str, Any]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from remit_megatron import flops
 from remit_megatron.config import Recipe, dump_toml
 from remit_megatron.data.loader import BatchPlan, Step, check_loader, make_loader
 from remit_megatron.errors import DamagedError, RunError, StopRequested, UserError
@@ -16,28 +17,28 @@ from remit_megatron.mcore import datasets, dist_checkpoint, optim
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups, initialize_groups
 from remit_megatron.mcore.step import make_forward_step, run_schedule
-from remit_megatron.reference.cache import ScoreCache
-from remit_megatron.reference.online import Reference
-from remit_megatron.reference.precision import precision_error
-from remit_megatron.reference.score_manifest import CacheManifest
-from remit_megatron.train import flops
+from remit_megatron.run.build_plan import make_build_plan
+from remit_megatron.run.checkpoint import CheckpointFolder, Meta, read_meta
+from remit_megatron.run.fallback import newest_whole
+from remit_megatron.run.fit import check_documents, num_microbatches
+from remit_megatron.run.folder import RunFolder
+from remit_megatron.run.models import build_reference, build_student
+from remit_megatron.run.process import Process, StopSignals, from_rank_0, joined_process
+from remit_megatron.run.reference import Reference
+from remit_megatron.run.sources import open_sources
+from remit_megatron.run.status import Status
+from remit_megatron.run.watchdog import Watchdog
+from remit_megatron.scores.cache import ScoreCache
+from remit_megatron.scores.kept import WriteThrough
+from remit_megatron.scores.manifest import CacheManifest
+from remit_megatron.scores.precision import precision_error
+from remit_megatron.scores.queued import QueuedScores
+from remit_megatron.scores.scorer import Scorer, cache_manifest, random_samples
 from remit_megatron.train.announce import start_lines
-from remit_megatron.train.checkpoint import CheckpointFolder, Meta, read_meta
-from remit_megatron.train.evaluate import Evaluator
-from remit_megatron.train.fallback import newest_whole
-from remit_megatron.train.fit import check_documents, num_microbatches
-from remit_megatron.train.folder import RunFolder
+from remit_megatron.train.held_out import Evaluator
 from remit_megatron.train.loggers import Loggers, check_loggers
 from remit_megatron.train.metrics import MetricsFile, read, reduce_reports
-from remit_megatron.train.models import build_reference, build_student, make_plan
-from remit_megatron.train.queued import QueuedScores
-from remit_megatron.train.runtime import Process, StopSignals, from_rank_0, joined_process
-from remit_megatron.train.scorer import Scorer, cache_manifest, random_samples
-from remit_megatron.train.sources import open_sources
-from remit_megatron.train.status import Status
 from remit_megatron.train.tokens import open_records
-from remit_megatron.train.watchdog import Watchdog
-from remit_megatron.train.write_through import WriteThrough
 
 
 def train(recipe: Recipe, *, fallback: bool = False) -> None:
@@ -80,7 +81,7 @@ class Trainer:
         from_rank_0(self.folder.check, process.device)
         self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints", recipe.checkpoint.keep)
         whole, passed_over = newest_whole(self.checkpoints, process.device) if fallback else (None, {})
-        self.plan = from_rank_0(lambda: make_plan(recipe, process.device.type, whole), process.device)
+        self.plan = from_rank_0(lambda: make_build_plan(recipe, process.device.type, whole), process.device)
         self.num_microbatches = num_microbatches(recipe, process.world_size)
         self.groups: Groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
         self.sources, self.tokenizer_hash = open_sources(recipe, self.plan)

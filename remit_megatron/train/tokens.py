@@ -23,8 +23,8 @@ from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import NTP, Objective, TokenStats
 from remit_megatron.ops.score_steps import round_to_steps
 from remit_megatron.ops.selection import top_share
-from remit_megatron.reference.online import Reference
-from remit_megatron.train.dealt import DealtSamples
+from remit_megatron.run.dealt import DealtSamples
+from remit_megatron.run.reference import Reference
 
 KEY = "logging.tokens_every_steps"
 BINS = 40

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from remit_megatron.check import check_recipe
 from remit_megatron.config import parse_recipe
 from remit_megatron.errors import UserError
-from remit_megatron.train.check import check_recipe
-from remit_megatron.train.models import make_plan
+from remit_megatron.run.build_plan import make_build_plan
 from tests.hf import tiny
 from tests.ranks import run_ranks
 from tests.train import runs
@@ -68,8 +68,8 @@ def train(rank: int, folder: str) -> dict[str, list[dict[str, torch.Tensor]]]:
     from remit_megatron.mcore import datasets
     from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
+    from remit_megatron.run.process import Process, StopSignals
     from remit_megatron.train.loop import Trainer
-    from remit_megatron.train.runtime import Process, StopSignals
 
     activate("cpu")
     size = dist.get_world_size()
@@ -182,7 +182,7 @@ def test_a_reference_is_known_by_its_weights(root: Path, tmp_path: Path) -> None
     identities = []
     for path in (folder, tmp_path / "copy", tmp_path / "rounded"):
         settings["reference"]["path"] = str(path)
-        identities.append(make_plan(parse_recipe(settings), "cpu").reference_identity)
+        identities.append(make_build_plan(parse_recipe(settings), "cpu").reference_identity)
     assert identities[0] == identities[1] != identities[2]
 
 

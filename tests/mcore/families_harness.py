@@ -20,7 +20,7 @@ from remit_megatron.mcore.model import build_chunks
 from remit_megatron.mcore.platform import activate
 from remit_megatron.mcore.step import make_forward_step, run_schedule, unwrap
 from remit_megatron.objectives import NTP
-from remit_megatron.train.checkpoint import read_meta
+from remit_megatron.run.checkpoint import read_meta
 from tests.hf import tiny
 from tests.mcore.harness import BUILD, REFERENCE, Case, Layout, save_initial, train_case
 

@@ -83,8 +83,8 @@ def train_all(
 
     from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
+    from remit_megatron.run.process import Process, StopSignals
     from remit_megatron.train.loop import Trainer
-    from remit_megatron.train.runtime import Process, StopSignals
 
     activate("cpu")
     size = dist.get_world_size()

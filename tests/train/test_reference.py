@@ -38,8 +38,8 @@ def change_reference(rank: int, recipe: Any) -> str:
     from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
     from remit_megatron.mcore.step import unwrap
+    from remit_megatron.run.process import Process
     from remit_megatron.train.loop import Trainer
-    from remit_megatron.train.runtime import Process
 
     activate("cpu")
     size = dist.get_world_size()

@@ -4,25 +4,21 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from remit_megatron.config import Recipe
 from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.hf.folder import is_hf_folder
-from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.graph import check_graph
-from remit_megatron.mcore.model import Build, build_chunks
 from remit_megatron.presets import check_preset, preset_shape
-from remit_megatron.reference.online import Reference
+from remit_megatron.run.checkpoint import CheckpointFolder, Meta, identity, read_meta, resolve_checkpoint
+from remit_megatron.run.hf_source import plan_conversion
 from remit_megatron.shape import ModelShape, check_layout, resolve_shape
-from remit_megatron.train.checkpoint import CheckpointFolder, Meta, identity, read_meta, resolve_checkpoint
-from remit_megatron.train.hf_source import ensure_converted, plan_conversion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class BuildPlan:
     """What will be built, decided from the recipe and the checkpoints' descriptions before anything is allocated."""
 
     shape: ModelShape
@@ -38,7 +34,7 @@ class Plan:
     dtype: torch.dtype
 
 
-def make_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> Plan:
+def make_build_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> BuildPlan:
     """Resolve shapes and paths. resume: one of the run's checkpoints; default: the newest.
 
     Raises UserError for what does not fit together; reads meta.json and Hugging Face configs, and the bytes of a
@@ -71,7 +67,7 @@ def make_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> P
         if reference_meta.step == 0 and reference_meta.origin is None:
             raise UserError(f"reference.path: {reference_path} was saved before its first step: it is untrained")
         check_layout(reference_shape, recipe.parallel, "reference")
-    return Plan(
+    return BuildPlan(
         shape=shape,
         init=init,
         init_meta=init_meta,
@@ -136,50 +132,3 @@ def training_dtype(recipe: Recipe, device_type: str) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if device_type == "cuda" else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def build_student(recipe: Recipe, plan: Plan, device: torch.device) -> tuple[list[Any], Any]:
-    """The student's chunks on this rank, with the weights of model.init where it is given, and their config."""
-    build = Build(
-        device=device,
-        dtype=plan.dtype,
-        implementation=recipe.model.implementation,
-        recompute=recipe.compute.recompute == "full",
-        init_std=recipe.model.init_std,
-        loss_head=recipe.compute.loss_head,
-        loss_implementation=recipe.compute.loss_implementation,
-    )
-    chunks, config = build_chunks(plan.shape, recipe.parallel, build, max_sequence_length=recipe.data.sequence_length)
-    if plan.init is not None:
-        ensure_converted(plan.init, plan.init_meta)
-        dist_checkpoint.load_model(plan.init, chunks)
-    return chunks, config
-
-
-def build_reference(recipe: Recipe, plan: Plan, device: torch.device, *, load: bool = False) -> Reference | None:
-    """The frozen reference on this rank, loaded and checked. None where the recipe has none, or its scores come from
-    elsewhere and are neither checked nor ever made here, unless `load` says that it is needed all the same."""
-    if recipe.reference is None:
-        return None
-    if recipe.reference.scores and not recipe.reference.check_samples and not load:
-        return None
-    if recipe.reference.queue and recipe.reference.queue.fallback == "stop" and not load:
-        return None
-    assert plan.reference_shape is not None
-    assert plan.reference_path is not None
-    ensure_converted(plan.reference_path, plan.reference_meta)
-    build = Build(
-        device=device,
-        dtype=plan.dtype,
-        implementation=recipe.model.implementation,
-        loss_implementation=recipe.compute.loss_implementation,
-        head_chunk_tokens=recipe.reference.head_chunk_tokens,
-    )
-    return Reference(
-        plan.reference_shape,
-        plan.reference_path,
-        recipe.parallel,
-        build,
-        max_sequence_length=recipe.data.sequence_length,
-        precision=recipe.reference.precision,
-    )

@@ -13,9 +13,9 @@ from remit_megatron.errors import RunError, UserError
 from remit_megatron.mcore.datasets import TrainingData
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.ops.score_steps import round_to_steps
-from remit_megatron.reference.score_manifest import CacheManifest
-from remit_megatron.reference.score_queue import KEY, RUN_LOCK, QueueManifest, RunSide
-from remit_megatron.train.runtime import from_rank_0
+from remit_megatron.run.process import from_rank_0
+from remit_megatron.scores.manifest import CacheManifest
+from remit_megatron.scores.queue import KEY, RUN_LOCK, QueueManifest, RunSide
 
 Batch = dict[str, torch.Tensor]
 POLL_S = 0.02

@@ -11,9 +11,9 @@ import pytest
 
 from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError
-from remit_megatron.reference.cache import HEADER, ScoreCache, blocks_of
-from remit_megatron.reference.score_manifest import CacheManifest
-from remit_megatron.train.checkpoint import read_meta, write_meta
+from remit_megatron.run.checkpoint import read_meta, write_meta
+from remit_megatron.scores.cache import HEADER, ScoreCache, blocks_of
+from remit_megatron.scores.manifest import CacheManifest
 from tests.ranks import run_ranks
 from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all
 
@@ -30,9 +30,9 @@ def score_all(rank: int, jobs: list[tuple[Any, str, tuple[int, int], int]]) -> l
 
     from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
-    from remit_megatron.reference import cache
-    from remit_megatron.train.runtime import Process
-    from remit_megatron.train.score import score_on
+    from remit_megatron.run.process import Process
+    from remit_megatron.scores import cache
+    from remit_megatron.scores.score import score_on
 
     activate("cpu")
     cache.BLOCK_BYTES = SMALL_BLOCKS
@@ -118,7 +118,7 @@ def test_export_by_token(folder: Path, scores: Path, tmp_path: Path) -> None:
     from data_prep.select import select
     from remit_megatron.data.indexed import open_index
     from remit_megatron.mcore.datasets import open_source
-    from remit_megatron.train.export import export_scores
+    from remit_megatron.scores.export import export_scores
 
     recipe = parse_recipe(cached(folder, "exported", scores))
     (path,) = export_scores(recipe, None, str(tmp_path))
@@ -201,8 +201,8 @@ def score_and_weigh(rank: int, job: Any, recipes: list[Any]) -> tuple[Any, list[
     import torch.distributed as dist
 
     from remit_megatron.mcore.groups import destroy_groups
+    from remit_megatron.run.process import Process, StopSignals
     from remit_megatron.train.loop import Trainer
-    from remit_megatron.train.runtime import Process, StopSignals
 
     outcome, size, found = score_all(rank, [job]), dist.get_world_size(), []
     process = Process(rank=rank, world_size=size, local_rank=rank, local_world_size=size, device=torch.device("cpu"))
@@ -241,7 +241,7 @@ def test_every_weight_of_another_layout(folder: Path) -> None:
 
 
 def write_through_all(rank: int, recipes: list[Any]) -> list[tuple[int, str]]:
-    from remit_megatron.reference import cache
+    from remit_megatron.scores import cache
 
     cache.BLOCK_BYTES = SMALL_BLOCKS
     return train_all(rank, recipes)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from remit_megatron.errors import RunError, StopRequested
-from remit_megatron.train.checkpoint import Meta
-from remit_megatron.train.status import Status
+from remit_megatron.run.checkpoint import Meta
+from remit_megatron.run.status import Status
 
 KEYS = [
     "state",

@@ -18,10 +18,10 @@ from remit_megatron.mcore.groups import Groups
 from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import NTP
 from remit_megatron.ops.score_steps import STEPS_PER_NAT, quantise
-from remit_megatron.reference.cache import ScoreCache, block_samples
-from remit_megatron.reference.online import Reference
-from remit_megatron.reference.score_manifest import CacheManifest, SourceScores
-from remit_megatron.train.models import Plan
+from remit_megatron.run.build_plan import BuildPlan
+from remit_megatron.run.reference import Reference
+from remit_megatron.scores.cache import ScoreCache, block_samples
+from remit_megatron.scores.manifest import CacheManifest, SourceScores
 
 SampleNumber = tuple[int, int]
 """Source and number of the sample in it."""
@@ -38,7 +38,7 @@ class ScoreError(NamedTuple):
     tokens: int
 
 
-def cache_manifest(recipe: Recipe, plan: Plan, data: TrainingData, tokenizer: str | None) -> CacheManifest:
+def cache_manifest(recipe: Recipe, plan: BuildPlan, data: TrainingData, tokenizer: str | None) -> CacheManifest:
     """What the scores that this recipe needs would be."""
     assert recipe.reference is not None
     assert plan.reference_identity is not None

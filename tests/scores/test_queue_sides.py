@@ -7,8 +7,8 @@ import pytest
 
 from remit_megatron.data.files import locked
 from remit_megatron.errors import UserError
-from remit_megatron.reference.score_manifest import CacheManifest, SourceScores
-from remit_megatron.reference.score_queue import (
+from remit_megatron.scores.manifest import CacheManifest, SourceScores
+from remit_megatron.scores.queue import (
     HEADER,
     RUN_LOCK,
     Look,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from remit_megatron.config import Watchdog as Limits
 from remit_megatron.errors import HangError, LostRankError
-from remit_megatron.train.status import Status
+from remit_megatron.run.status import Status
 
 STDERR = 2
 REPORT_S = 20.0

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from remit_megatron.config import dump_toml, parse_recipe
+from tests.scores.test_scores import SMALL_BLOCKS, content
 from tests.train.runs import remit, wait_for
-from tests.train.test_scores import SMALL_BLOCKS, content
 
 SCRIPT = f"""
 import sys
-from remit_megatron.reference import cache
+from remit_megatron.scores import cache
 cache.BLOCK_BYTES = {SMALL_BLOCKS // 5}
 from remit_megatron.cli import main
 sys.exit(main(sys.argv[1:]))

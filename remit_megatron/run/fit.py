@@ -6,7 +6,7 @@ from remit_megatron.config import Recipe
 from remit_megatron.data.manifest import DatasetInfo, tokenizer_hash
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.groups import data_parallel_size
-from remit_megatron.train.models import Plan
+from remit_megatron.run.build_plan import BuildPlan
 
 
 def recipe_tokenizer(recipe: Recipe) -> str | None:
@@ -14,7 +14,7 @@ def recipe_tokenizer(recipe: Recipe) -> str | None:
     return tokenizer_hash(recipe.data.tokenizer) if recipe.data.tokenizer else None
 
 
-def check_tokenizers(recipe: Recipe, plan: Plan, infos: Sequence[DatasetInfo]) -> str | None:
+def check_tokenizers(recipe: Recipe, plan: BuildPlan, infos: Sequence[DatasetInfo]) -> str | None:
     """Hash of the tokenizer that made the training datasets; None where neither they nor the recipe name one.
 
     Raises UserError for datasets, or a model, of different tokenizers.

@@ -4,68 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import writing
 from remit_megatron.errors import UserError
-from remit_megatron.mcore import datasets, dist_checkpoint
+from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.generate import greedy
 from remit_megatron.mcore.groups import Groups, initialize_groups
 from remit_megatron.mcore.model import Build, build_chunks
-from remit_megatron.mcore.step import make_forward_step, run_schedule
-from remit_megatron.objectives import NTP
+from remit_megatron.run.build_plan import check_document_mask, training_dtype
+from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
+from remit_megatron.run.process import Process, joined_process
 from remit_megatron.shape import check_layout
-from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint
-from remit_megatron.train.dealt import DealtSamples
-from remit_megatron.train.metrics import read, reduce_reports
-from remit_megatron.train.models import check_document_mask, training_dtype
-from remit_megatron.train.runtime import Process, joined_process
-
-
-class Evaluator:
-    """Mean NLL in nats over the first samples of each held-out set, whatever the layout."""
-
-    def __init__(self, recipe: Recipe, groups: Groups, vocab_size: int, tokenizer_hash: str | None):
-        self.recipe = recipe
-        self.groups = groups
-        self.sets = {
-            name: datasets.HeldOut(
-                datasets.open_source(path, recipe.data, vocab_size, tokenizer_hash),
-                recipe.data,
-                recipe.evaluation.samples,
-            )
-            for name, path in recipe.data.eval.items()
-        }
-
-    @property
-    def eod_id(self) -> int | None:
-        """The token that ends a document in the held-out sets; None where there is no set, or it names none."""
-        return next((held_out.eod_id for held_out in self.sets.values()), None)
-
-    @torch.no_grad()
-    def run(self, chunks: list[Any], device: torch.device) -> dict[str, float]:
-        """`eval/<name>/nll` of each set. Collective."""
-        for chunk in chunks:
-            chunk.eval()
-        results = {}
-        for name, held_out in self.sets.items():
-            nll = self._nll(held_out, chunks, device)
-            if nll is not None:
-                results[f"eval/{name}/nll"] = nll
-        for chunk in chunks:
-            chunk.train()
-        return results
-
-    def _nll(self, held_out: datasets.HeldOut, chunks: list[Any], device: torch.device) -> float | None:
-        """None where the mask keeps no token."""
-        dealt = DealtSamples(self.recipe, held_out, self.groups, device)
-        batches = dealt.microbatches(0, dealt.count)
-        step = make_forward_step(NTP(), groups=self.groups)
-        reports = run_schedule(step, batches, chunks, forward_only=True)
-        ratios, _ = reduce_reports(reports, self.groups.counts_loss, [], device)
-        return read(ratios).get("nll")
+from remit_megatron.train.held_out import Evaluator
 
 
 def evaluate_checkpoint(

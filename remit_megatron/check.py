@@ -9,15 +9,15 @@ from remit_megatron.data.manifest import quick_verify
 from remit_megatron.mcore.datasets import end_of_document
 from remit_megatron.mcore.model import check_implementation
 from remit_megatron.mcore.platform import resolve_device
-from remit_megatron.train.fit import (
+from remit_megatron.run.build_plan import make_build_plan
+from remit_megatron.run.fit import (
     check_documents,
     check_tokenizers,
     num_microbatches,
     recipe_tokenizer,
 )
-from remit_megatron.train.folder import RunFolder
+from remit_megatron.run.folder import RunFolder
 from remit_megatron.train.loggers import check_loggers
-from remit_megatron.train.models import make_plan
 
 
 def check_recipe(recipe: Recipe, ranks: int | None = None) -> str:
@@ -33,7 +33,7 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> str:
         check_place(Path(recipe.reference.write_scores), "reference.write_scores")
     if recipe.reference and recipe.reference.queue and recipe.reference.queue.folder:
         check_place(recipe.queue_folder, "reference.queue.folder")
-    plan = make_plan(recipe, resolve_device(recipe.compute.device))
+    plan = make_build_plan(recipe, resolve_device(recipe.compute.device))
     p = recipe.parallel
     ranks = ranks or p.tensor * p.pipeline * p.context
     microbatches = num_microbatches(recipe, ranks)

@@ -12,9 +12,9 @@ from remit_megatron.mcore.attention import zigzag_slice
 from remit_megatron.mcore.datasets import SOURCE_BITS, TrainingData
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.ops.score_steps import quantise
-from remit_megatron.reference.cache import ScoreCache, blocks_of
-from remit_megatron.reference.score_manifest import CacheManifest
-from remit_megatron.train.runtime import from_rank_0
+from remit_megatron.run.process import from_rank_0
+from remit_megatron.scores.cache import ScoreCache, blocks_of
+from remit_megatron.scores.manifest import CacheManifest
 
 Batch = dict[str, torch.Tensor]
 KEY = "reference.write_scores"

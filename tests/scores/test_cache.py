@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from remit_megatron.errors import RemitError, RunError, UserError
-from remit_megatron.reference.cache import ScoreCache, blocks_of
-from remit_megatron.reference.score_manifest import CacheManifest, SourceScores
+from remit_megatron.scores.cache import ScoreCache, blocks_of
+from remit_megatron.scores.manifest import CacheManifest, SourceScores
 
 
 def manifest_of(*samples: int, **other: object) -> CacheManifest:

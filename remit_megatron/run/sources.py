@@ -4,11 +4,11 @@ from typing import Any
 
 from remit_megatron.config import Recipe
 from remit_megatron.mcore import datasets
-from remit_megatron.train.fit import check_tokenizers, recipe_tokenizer
-from remit_megatron.train.models import Plan
+from remit_megatron.run.build_plan import BuildPlan
+from remit_megatron.run.fit import check_tokenizers, recipe_tokenizer
 
 
-def open_sources(recipe: Recipe, plan: Plan) -> tuple[list[Any], str | None]:
+def open_sources(recipe: Recipe, plan: BuildPlan) -> tuple[list[Any], str | None]:
     """(sources, hash of the tokenizer that made them). Collective.
 
     Raises UserError for a dataset that does not fit, and for datasets or models of different tokenizers.

@@ -17,7 +17,7 @@ from remit_megatron.errors import RunError, UserError
 from remit_megatron.hf import tokenizer
 from remit_megatron.hf.families import read_shape, tensor_names
 from remit_megatron.hf.folder import HFFolder, check_names, choose_dtype
-from remit_megatron.train.checkpoint import Meta
+from remit_megatron.run.checkpoint import Meta
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from remit_megatron.mcore import fp8
 from remit_megatron.mcore.step import ForwardStep
 from remit_megatron.objectives import Remit
-from remit_megatron.reference.online import Reference
+from remit_megatron.run.reference import Reference
 
 
 class Error(NamedTuple):

@@ -20,7 +20,7 @@ import numpy as np
 from remit_megatron.data.files import locked, make_folder, write_atomically, writing
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.ops.score_steps import LARGEST, STEPS_PER_NAT
-from remit_megatron.reference.score_manifest import CacheManifest, SourceScores, check_same
+from remit_megatron.scores.manifest import CacheManifest, SourceScores, check_same
 
 BLOCK_BYTES = 4 << 20
 VERIFY_BYTES = 256 << 20

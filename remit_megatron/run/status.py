@@ -19,7 +19,7 @@ from typing import Any
 
 from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import HangError, RemitError, StopRequested
-from remit_megatron.train.checkpoint import Meta
+from remit_megatron.run.checkpoint import Meta
 
 SECONDS_BETWEEN_WRITES = 1.0
 """Of a state that stays; a change of state is written at once."""

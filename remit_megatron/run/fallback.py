@@ -6,8 +6,8 @@ import torch
 
 from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.mcore.checkpoint_read import verify
-from remit_megatron.train.checkpoint import CheckpointFolder, read_meta
-from remit_megatron.train.runtime import from_rank_0
+from remit_megatron.run.checkpoint import CheckpointFolder, read_meta
+from remit_megatron.run.process import from_rank_0
 
 
 def newest_whole(folder: CheckpointFolder, device: torch.device) -> tuple[Path | None, dict[Path, str]]:

@@ -11,11 +11,12 @@ from remit_megatron.config import Recipe
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.datasets import TrainingData
 from remit_megatron.mcore.groups import initialize_groups
-from remit_megatron.reference.cache import Block, ScoreCache, blocks_of
-from remit_megatron.train.models import build_reference, make_plan
-from remit_megatron.train.runtime import Process, from_rank_0, joined_process
-from remit_megatron.train.scorer import Scorer, cache_manifest, random_samples
-from remit_megatron.train.sources import open_sources
+from remit_megatron.run.build_plan import make_build_plan
+from remit_megatron.run.models import build_reference
+from remit_megatron.run.process import Process, from_rank_0, joined_process
+from remit_megatron.run.sources import open_sources
+from remit_megatron.scores.cache import Block, ScoreCache, blocks_of
+from remit_megatron.scores.scorer import Scorer, cache_manifest, random_samples
 
 KEY = "remit score"
 
@@ -37,7 +38,7 @@ def score_recipe(recipe: Recipe, output: str | None, shard: tuple[int, int] = (0
 
 def score_on(recipe: Recipe, folder: Path, process: Process, shard: tuple[int, int] = (0, 1), check: int = 0) -> None:
     """`score_recipe` on a process that has joined. Collective."""
-    plan = from_rank_0(lambda: make_plan(recipe, process.device.type), process.device)
+    plan = from_rank_0(lambda: make_build_plan(recipe, process.device.type), process.device)
     groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
     sources, tokenizer = open_sources(recipe, plan)
     data = TrainingData(sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)

@@ -10,10 +10,10 @@ from remit_megatron.data.files import make_folder, write_atomically, writing
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.datasets import SourceSamples, TrainingData
 from remit_megatron.mcore.platform import resolve_device
-from remit_megatron.reference.cache import ScoreCache
-from remit_megatron.train.models import make_plan
-from remit_megatron.train.scorer import cache_manifest
-from remit_megatron.train.sources import open_sources
+from remit_megatron.run.build_plan import make_build_plan
+from remit_megatron.run.sources import open_sources
+from remit_megatron.scores.cache import ScoreCache
+from remit_megatron.scores.scorer import cache_manifest
 
 
 def export_scores(recipe: Recipe, scores: str | None, folder: str) -> list[Path]:
@@ -24,7 +24,7 @@ def export_scores(recipe: Recipe, scores: str | None, folder: str) -> list[Path]
     """
     if recipe.reference is None or (scores or recipe.reference.scores) is None:
         raise UserError("remit score --export: say where the scores are, with --output or reference.scores")
-    plan = make_plan(recipe, resolve_device(recipe.compute.device))
+    plan = make_build_plan(recipe, resolve_device(recipe.compute.device))
     sources, tokenizer = open_sources(recipe, plan)
     data = TrainingData(sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)
     names = [Path(source.path).name for source in recipe.data.train]

@@ -14,12 +14,13 @@ from remit_megatron.data.files import locked, make_folder
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.datasets import TrainingData
 from remit_megatron.mcore.groups import initialize_groups
-from remit_megatron.reference.score_queue import KEY, ScorerSide, write_step
-from remit_megatron.train.models import build_reference, make_plan
-from remit_megatron.train.queued import queue_manifest
-from remit_megatron.train.runtime import Process, StopSignals, from_rank_0, joined_process
-from remit_megatron.train.scorer import SampleNumber, Scorer, cache_manifest
-from remit_megatron.train.sources import open_sources
+from remit_megatron.run.build_plan import make_build_plan
+from remit_megatron.run.models import build_reference
+from remit_megatron.run.process import Process, StopSignals, from_rank_0, joined_process
+from remit_megatron.run.sources import open_sources
+from remit_megatron.scores.queue import KEY, ScorerSide, write_step
+from remit_megatron.scores.queued import queue_manifest
+from remit_megatron.scores.scorer import SampleNumber, Scorer, cache_manifest
 
 IDLE_S = 0.05
 ROUNDS_A_PIECE = 4
@@ -45,7 +46,7 @@ def follow_on(recipe: Recipe, process: Process, stop: Callable[[], bool] = lambd
     if from_rank_0(lambda: _is_over(recipe), device):
         _say(process, f"{recipe.run}: the run is done: there is nothing to score")
         return
-    plan = from_rank_0(lambda: make_plan(recipe, device.type), device)
+    plan = from_rank_0(lambda: make_build_plan(recipe, device.type), device)
     groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
     sources, tokenizer = open_sources(recipe, plan)
     data = TrainingData(sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)

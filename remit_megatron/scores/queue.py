@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from remit_megatron.data.files import is_held, writing
 from remit_megatron.errors import UserError
-from remit_megatron.reference.score_manifest import CacheManifest, first_difference
+from remit_megatron.scores.manifest import CacheManifest, first_difference
 
 KEY = "reference.queue"
 RUN_LOCK = ".run.lock"

@@ -15,9 +15,9 @@ from remit_megatron.config import parse_recipe
 from remit_megatron.data.files import locked
 from remit_megatron.errors import RemitError, UserError
 from remit_megatron.ops.score_steps import STEPS_PER_NAT
-from remit_megatron.reference.cache import ScoreCache
-from remit_megatron.reference.score_manifest import CacheManifest
-from remit_megatron.reference.score_queue import (
+from remit_megatron.scores.cache import ScoreCache
+from remit_megatron.scores.manifest import CacheManifest
+from remit_megatron.scores.queue import (
     RUN_LOCK,
     QueueManifest,
     ScorerSide,
@@ -51,9 +51,9 @@ def follow_and_train(
 
     from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
-    from remit_megatron.train.follow import follow_on
+    from remit_megatron.run.process import Process
+    from remit_megatron.scores.follow import follow_on
     from remit_megatron.train.loop import Trainer
-    from remit_megatron.train.runtime import Process
 
     activate("cpu")
     size = dist.get_world_size()
@@ -178,7 +178,7 @@ def test_a_second_run_on_one_folder_is_refused(folder: Path) -> None:
 
 def fill_and_go_on(rank: int, first: Any, second: Any) -> list[tuple[int, str]]:
     """A run that leaves scores on disk, then a longer one beside a scorer, whose scores are all 2 nats."""
-    from remit_megatron.reference import cache
+    from remit_megatron.scores import cache
 
     cache.BLOCK_BYTES = 12 * 2 * SEQUENCE
     scorer = threading.Thread(target=_constant_scorer, args=(parse_recipe(second).queue_folder,))

@@ -10,8 +10,8 @@ SCRIPT = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
 from remit_megatron.config import Watchdog as Limits
-from remit_megatron.train import watchdog
-from remit_megatron.train.status import Status
+from remit_megatron.run import watchdog
+from remit_megatron.run.status import Status
 
 watchdog.GRACE_S = watchdog.REPORT_S = 0.2
 status = Status(Path(sys.argv[1]))
