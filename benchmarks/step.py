@@ -43,6 +43,7 @@ from benchmarks.step_figures import CPU_LIMITS, LIMITS, Times, figures, spread, 
 from benchmarks.step_scorer import Queue, own_part, random_batches
 from remit_megatron import flops
 from remit_megatron.config import Optimizer, Parallel, Schedule
+from remit_megatron.device import resolve_device
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import compat, platform
 from remit_megatron.objectives import KD, NTP, Remit, Rho1
@@ -298,7 +299,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Raises UserError where the options do not go together, or the device cannot do what they ask."""
     scored = options.scored_trainers or options.trainers
-    if platform.resolve_device(options.device) == "cuda":
+    if resolve_device(options.device) == "cuda":
         if options.trainers > 1:
             raise UserError("--trainers: more than one is for a CPU")
         if "remit-queued" in (options.arms or ()):

@@ -9,12 +9,13 @@ import torch.distributed as dist
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import writing
 from remit_megatron.errors import UserError
+from remit_megatron.fit import check_document_mask
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.generate import greedy
 from remit_megatron.mcore.groups import Groups, initialize_groups
 from remit_megatron.mcore.model import Build, build_chunks
-from remit_megatron.run.build_plan import check_document_mask, training_dtype
 from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
+from remit_megatron.run.models import training_dtype
 from remit_megatron.run.process import Process, joined_process
 from remit_megatron.shape import check_layout
 from remit_megatron.train.held_out import Evaluator

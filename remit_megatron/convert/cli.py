@@ -89,7 +89,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from remit_megatron.convert.hub import local_folder
-    from remit_megatron.convert.verify import check_pair
+    from remit_megatron.convert.pair import check_pair
 
     pair = check_pair(local_folder(arguments.base, "BASE"), local_folder(arguments.reference, "REFERENCE"))
     for line in pair.notes:

@@ -4,7 +4,6 @@ Both loaders take the same stateless `sample(n) -> dict of numpy arrays` and giv
 default one assembles steps in a thread and pins them for CUDA; `loader = "dali"` runs them through NVIDIA DALI.
 """
 
-import importlib.util
 import queue
 import threading
 import time
@@ -68,17 +67,6 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Step]: ...
 
     def close(self) -> None: ...
-
-
-def check_loader(name: str) -> None:
-    """Raise UserError where the loader called `name` cannot run."""
-    if (
-        name == "dali"
-        and importlib.util.find_spec("nvidia.dali" if importlib.util.find_spec("nvidia") else "nvidia") is None
-    ):
-        raise UserError(
-            "data.loader = 'dali' needs NVIDIA DALI: pip install 'remit-megatron[dali]', or use loader = 'default'"
-        )
 
 
 def make_loader(

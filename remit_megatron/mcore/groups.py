@@ -8,7 +8,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from remit_megatron.config import Parallel
-from remit_megatron.errors import UserError
+from remit_megatron.fit import data_parallel_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +33,6 @@ class Groups:
     def counts_loss(self) -> bool:
         """True on one rank per slice of the batch: last stage, first tensor-parallel rank."""
         return self.is_last_stage and self.tp.rank() == 0
-
-
-def data_parallel_size(parallel: Parallel, world_size: int) -> int:
-    """Data-parallel ranks that `world_size` leaves. Raises UserError when the layout does not divide it."""
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % model_ranks:
-        raise UserError(
-            f"{world_size} ranks do not divide by parallel.tensor x pipeline x context = "
-            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {model_ranks}: start with a multiple of it"
-        )
-    return world_size // model_ranks
 
 
 def initialize_groups(parallel: Parallel, seed: int, timeout_s: float = 1800) -> Groups:

@@ -7,9 +7,9 @@ import numpy as np
 
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import make_folder, write_atomically, writing
+from remit_megatron.device import resolve_device
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.datasets import SourceSamples, TrainingData
-from remit_megatron.mcore.platform import resolve_device
 from remit_megatron.run.build_plan import make_build_plan
 from remit_megatron.run.sources import open_sources
 from remit_megatron.scores.cache import ScoreCache

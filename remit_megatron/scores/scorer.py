@@ -44,10 +44,9 @@ def cache_manifest(recipe: Recipe, plan: BuildPlan, data: TrainingData, tokenize
     assert plan.reference_identity is not None
     settings = recipe.data
     masked = settings.document_mask or settings.eod_mask_loss
-    precision = "bf16" if plan.dtype is torch.bfloat16 else "fp32"
     return CacheManifest(
         reference=plan.reference_identity,
-        precision="fp8" if recipe.reference.precision == "fp8" else precision,
+        precision="fp8" if recipe.reference.precision == "fp8" else plan.precision,
         tokenizer=tokenizer,
         sequence_length=settings.sequence_length,
         data_seed=settings.seed,

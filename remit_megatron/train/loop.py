@@ -11,18 +11,20 @@ import torch
 
 from remit_megatron import flops
 from remit_megatron.config import Recipe, dump_toml
-from remit_megatron.data.loader import BatchPlan, Step, check_loader, make_loader
+from remit_megatron.data.loader import BatchPlan, Step, make_loader
 from remit_megatron.errors import DamagedError, RunError, StopRequested, UserError
+from remit_megatron.fit import num_microbatches
 from remit_megatron.mcore import datasets, dist_checkpoint, optim
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups, initialize_groups
 from remit_megatron.mcore.step import make_forward_step, run_schedule
+from remit_megatron.optional import check_optional_parts
 from remit_megatron.run.build_plan import make_build_plan
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta, read_meta
 from remit_megatron.run.fallback import newest_whole
-from remit_megatron.run.fit import check_documents, num_microbatches
+from remit_megatron.run.fit import check_documents
 from remit_megatron.run.folder import RunFolder
-from remit_megatron.run.models import build_reference, build_student
+from remit_megatron.run.models import DTYPES, build_reference, build_student
 from remit_megatron.run.process import Process, StopSignals, from_rank_0, joined_process
 from remit_megatron.run.reference import Reference
 from remit_megatron.run.sources import open_sources
@@ -36,7 +38,7 @@ from remit_megatron.scores.queued import QueuedScores
 from remit_megatron.scores.scorer import Scorer, cache_manifest, random_samples
 from remit_megatron.train.announce import start_lines
 from remit_megatron.train.held_out import Evaluator
-from remit_megatron.train.loggers import Loggers, check_loggers
+from remit_megatron.train.loggers import Loggers
 from remit_megatron.train.metrics import MetricsFile, read, reduce_reports
 from remit_megatron.train.tokens import open_records
 
@@ -87,8 +89,7 @@ class Trainer:
         self.sources, self.tokenizer_hash = open_sources(recipe, self.plan)
         self.data = datasets.TrainingData(self.sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)
         check_documents(recipe, self.data.eod_id, self.plan.shape.vocab_size)
-        check_loggers(recipe)
-        check_loader(recipe.data.loader)
+        check_optional_parts(recipe)
         self.evaluator = Evaluator(recipe, self.groups, self.plan.shape.vocab_size, self.tokenizer_hash)
         self.chunks, config = build_student(recipe, self.plan, process.device)
         self.reference = build_reference(recipe, self.plan, process.device)
@@ -113,7 +114,7 @@ class Trainer:
             self.status.open(recipe.train_steps, self.meta if resume else None)
         self.chunks = optim.wrap_ddp(self.chunks, config, recipe.parallel)
         self.optimizer, self.scheduler = optim.build_optimizer(
-            self.chunks, recipe.optimizer, recipe.schedule, recipe.parallel, self.plan.dtype
+            self.chunks, recipe.optimizer, recipe.schedule, recipe.parallel, DTYPES[self.plan.precision]
         )
         if resume:
             self._load(resume)
@@ -190,7 +191,7 @@ class Trainer:
             data={s.path: o.info.fingerprint for s, o in zip(self.recipe.data.train, self.sources, strict=True)},
             tokenizer=self.tokenizer_hash,
             distributed_optimizer=self.recipe.parallel.distributed_optimizer,
-            precision="bf16" if self.plan.dtype is torch.bfloat16 else "fp32",
+            precision=self.plan.precision,
             reference=self.plan.reference_identity,
         )
 
