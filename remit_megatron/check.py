@@ -6,11 +6,20 @@ from remit_megatron.config import Recipe
 from remit_megatron.data.files import check_place
 from remit_megatron.data.manifest import end_of_document, quick_verify
 from remit_megatron.device import resolve_device
-from remit_megatron.fit import check_fit
+from remit_megatron.fit import check_fit, num_microbatches
 from remit_megatron.optional import check_optional_parts
 from remit_megatron.run.build_plan import make_build_plan
 from remit_megatron.run.fit import check_documents, check_tokenizers, recipe_tokenizer
 from remit_megatron.run.folder import RunFolder
+
+
+def check_start(recipe: Recipe, ranks: int) -> None:
+    """What a start on so many ranks refuses at once, before torch is imported. Raises UserError.
+
+    It reads the recipe and the run's folder only: all the rest is found by the run itself, on the ranks' own machines.
+    """
+    RunFolder(Path(recipe.run), recipe).check()
+    num_microbatches(recipe, ranks)
 
 
 def check_recipe(recipe: Recipe, ranks: int | None = None) -> str:
