@@ -4,19 +4,35 @@
 `Recipe`. Nothing else in the package reads settings from the environment or from global arguments.
 """
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from remit_megatron import toml
 from remit_megatron.errors import UserError
-from remit_megatron.objectives import Objective, build_objective
-from remit_megatron.objectives.base import check_by_sample
-from remit_megatron.ops.implementation import Implementation
+from remit_megatron.objectives.settings import (
+    Need,
+    NTPSettings,
+    ObjectiveSettings,
+    check_by_sample,
+    parse_objective,
+)
+from remit_megatron.ops.choices import Implementation
+
+if TYPE_CHECKING:
+    from remit_megatron.objectives import Objective
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -262,8 +278,8 @@ class Recipe(Section):
     seed: NonNegative = 1234
     model: Model = Model()
     reference: Reference | None = None
-    objective: dict[str, Any] = {"name": "ntp"}
-    """`name` and that objective's own settings; see remit_megatron/objectives."""
+    objective: Annotated[SerializeAsAny[ObjectiveSettings], BeforeValidator(parse_objective)] = NTPSettings()
+    """`name`, or `import_path`, and that objective's own settings; see remit_megatron/objectives."""
     data: Data
     parallel: Parallel = Parallel()
     batch: Batch
@@ -275,8 +291,11 @@ class Recipe(Section):
     watchdog: Watchdog = Watchdog()
     logging: Logging = Logging()
 
-    def build_objective(self) -> Objective:
-        return build_objective(dict(self.objective))
+    def build_objective(self) -> "Objective":
+        """The objective itself, which computes: its file is imported, and torch with it."""
+        from remit_megatron.objectives import build_objective
+
+        return build_objective(self.objective)
 
     @property
     def global_batch_samples(self) -> int:
@@ -297,9 +316,7 @@ class Recipe(Section):
         Layout, device, logging, limits and checkpoint cadence may change between two starts of a run; the rest may not.
         """
         settings = self.model_dump(exclude=NOT_IDENTITY)
-        objective = self.build_objective()
-        # With its defaults: to write one out changes nothing.
-        settings["objective"] = {"name": objective.name, **dataclasses.asdict(cast(Any, objective))}
+        settings["objective"] = self.objective.identity()
         settings["data"].pop("eval")
         for key in ("cache_dir", "loader", "prefetch_steps"):
             settings["data"].pop(key)
@@ -334,7 +351,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        objective = self.build_objective()
+        objective = self.objective
         if objective.needs_reference and self.reference is None:
             raise UserError(f"objective.name = '{objective.name}' needs a [reference] section with a path")
         if not objective.needs_reference and self.reference is not None:
@@ -343,7 +360,7 @@ class Recipe(Section):
             )
         if self.compute.loss_head == "sequence_chunks":
             check_by_sample(objective)
-        self._check_scores(objective)
+        self._check_scores()
         if self.logging.tokens_every_steps and not self.data.eval:
             raise UserError("logging.tokens_every_steps records held-out samples: name a set in data.eval")
         if self.logging.tokens_source not in (None, *self.data.eval):
@@ -356,8 +373,8 @@ class Recipe(Section):
         self._check_layout()
         return self
 
-    def _check_scores(self, objective: Objective) -> None:
-        reference = self.reference
+    def _check_scores(self) -> None:
+        reference, objective = self.reference, self.objective
         if reference is None or not (reference.scores or reference.write_scores or reference.queue):
             return
         if reference.scores and reference.write_scores:
@@ -371,7 +388,7 @@ class Recipe(Section):
                 f"reference.queue.timeout_s = {reference.queue.timeout_s:g} is not under watchdog.step_timeout_s = "
                 f"{self.watchdog.step_timeout_s:g}: a step that waits for a scorer would be taken for a hang"
             )
-        if getattr(objective, "needs_reference_hidden", False):
+        if Need.DISTRIBUTION in objective.needs:
             key = "scores" if reference.scores else "write_scores" if reference.write_scores else "queue"
             raise UserError(
                 f"reference.{key} is for one number a token, and objective.name = '{objective.name}' needs the "

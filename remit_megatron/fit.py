@@ -5,6 +5,7 @@
 
 from remit_megatron.config import Parallel, Recipe
 from remit_megatron.errors import UserError
+from remit_megatron.objectives.settings import Need
 from remit_megatron.shape import ModelShape, check_layout
 
 
@@ -89,7 +90,7 @@ def check_graph(recipe: Recipe, device_type: str) -> None:
         "model.implementation = 'local'": recipe.model.implementation == "local",
         "parallel.tensor, pipeline and context = 1": p.tensor == p.pipeline == p.context == 1,
         "data.document_mask = false": not recipe.data.document_mask,
-        "an objective that takes scores": not getattr(recipe.build_objective(), "needs_reference_hidden", False),
+        "an objective that takes scores": Need.DISTRIBUTION not in recipe.objective.needs,
     }
     unmet = [condition for condition, met in reasons.items() if not met]
     if unmet:

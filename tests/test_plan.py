@@ -44,7 +44,7 @@ def test_recipes_carry_the_published_numbers(family: str, objective: str) -> Non
     got = paper.optimizer.peak_lr, paper.batch.global_batch_tokens, paper.data.sequence_length
     assert got == PAPER[family]
     assert (paper.optimizer.min_lr, paper.schedule.decay, paper.schedule.train_tokens) == (1e-7, "cosine", 50 * 10**9)
-    assert paper.objective["name"] == objective
+    assert paper.objective.name == objective
     if family in PUBLIC:
         public = load_recipe(folder / f"{family}_public_{objective}.toml")
         assert (public.optimizer.peak_lr, public.batch.global_batch_tokens, public.data.sequence_length) == PUBLIC[

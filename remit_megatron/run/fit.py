@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from remit_megatron.config import Recipe
 from remit_megatron.data.manifest import DatasetInfo, tokenizer_hash
 from remit_megatron.errors import UserError
+from remit_megatron.objectives.settings import Need
 from remit_megatron.run.build_plan import BuildPlan
 
 
@@ -31,7 +32,7 @@ def check_tokenizers(recipe: Recipe, plan: BuildPlan, infos: Sequence[DatasetInf
 def check_documents(recipe: Recipe, eod_id: int | None, vocab_size: int) -> None:
     """Raises UserError where a setting needs to know where documents end, and nothing tells."""
     needing = {
-        "objective.centering = 'document'": getattr(recipe.build_objective(), "centering", None) == "document",
+        "objective.centering = 'document'": Need.DOCUMENTS in recipe.objective.needs,
         "data.document_mask": recipe.data.document_mask,
         "data.eod_mask_loss": recipe.data.eod_mask_loss,
     }

@@ -14,6 +14,7 @@ from remit_megatron.errors import RemitError
 from remit_megatron.run.checkpoint import read_meta, write_meta
 from remit_megatron.scores.cache import HEADER, ScoreCache, blocks_of
 from remit_megatron.scores.manifest import CacheManifest
+from tests.objectives.around import Around
 from tests.ranks import run_ranks
 from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, train_all
 
@@ -178,16 +179,16 @@ def test_other_layouts_and_batches(folder: Path, scores: Path) -> None:
                 assert (a != b).mean() < 0.02
 
 
-class Weights:
+class Weights(Around):
     """An objective that keeps the weight of each unmasked token, by step, sample and place in it."""
 
     def __init__(self, trainer: Any):
-        self.trainer, self.inner = trainer, trainer.objective
-        self.name, self.needs_reference = self.inner.name, self.inner.needs_reference
+        super().__init__(trainer.objective)
+        self.trainer = trainer
         self.seen: dict[tuple[int, int, int], float] = {}
 
     def __call__(self, stats: Any) -> Any:
-        weights = self.inner.weights(stats)
+        weights = self.trainer.objective.weights(stats)
         for row, sample in enumerate(stats.sample_id.tolist()):
             for column, position in enumerate(stats.positions.tolist()):
                 key = (self.trainer.meta.step + 1, sample, position)

@@ -14,6 +14,7 @@ import numpy as np
 from data_prep.writer import write_dataset
 from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError
+from tests.objectives.around import Around
 
 VOCAB, EOD, SEQUENCE, SAMPLES = 61, 0, 16, 8
 TIMING = ("step_ms", "score_ms", "data_ms", "wait_ms", "scored_online", "tokens_per_s", "mfu", "ranks")
@@ -108,10 +109,10 @@ def train_all(
     return outcomes
 
 
-class _Poisoned:
+class _Poisoned(Around):
     def __init__(self, trainer: Any, steps: list[int]):
-        self.trainer, self.inner, self.steps = trainer, trainer.objective, steps
-        self.name, self.needs_reference = self.inner.name, self.inner.needs_reference
+        super().__init__(trainer.objective)
+        self.trainer, self.steps = trainer, steps
 
     def __call__(self, stats: Any) -> Any:
         import dataclasses
