@@ -157,7 +157,7 @@ def plan(recipe: Recipe, num_gpus: int, gpu: str = "H100", mfu: float = 0.4) -> 
     p = recipe.parallel
     data = num_gpus // (p.tensor * p.pipeline * p.context)
     lines = [
-        f"{recipe.run}: objective {recipe.build_objective().name}, {recipe.train_steps:,} steps of "
+        f"{recipe.run}: objective {recipe.objective.name}, {recipe.train_steps:,} steps of "
         f"{recipe.batch.global_batch_tokens:,} tokens",
         f"model      {shape.num_parameters() / 1e9:.3f}B parameters",
     ]
