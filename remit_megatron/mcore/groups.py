@@ -8,6 +8,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from remit_megatron.config import Parallel
+from remit_megatron.data.deal import Deal
 from remit_megatron.errors import UserError
 
 
@@ -33,6 +34,16 @@ class Groups:
     def counts_loss(self) -> bool:
         """True on one rank per slice of the batch: last stage, first tensor-parallel rank."""
         return self.is_last_stage and self.tp.rank() == 0
+
+    def deal(self, microbatch_samples: int = 1) -> Deal:
+        """This rank's place among those that share a batch, in microbatches of so many samples."""
+        return Deal(
+            dp_rank=self.dp.rank(),
+            dp_size=self.dp.size(),
+            cp_rank=self.cp.rank(),
+            cp_size=self.cp.size(),
+            microbatch_samples=microbatch_samples,
+        )
 
 
 def data_parallel_size(parallel: Parallel, world_size: int) -> int:
