@@ -17,7 +17,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.fit import check_document_mask
 from remit_megatron.mcore import datasets, dist_checkpoint
 from remit_megatron.mcore.groups import Groups, initialize_groups
-from remit_megatron.mcore.model import Build, build_chunks
+from remit_megatron.mcore.model import HEAD_CHUNK_TOKENS, Build, build_chunks
 from remit_megatron.mcore.step import ForwardStep, make_forward_step
 from remit_megatron.objectives import KD, NTP, Remit
 from remit_megatron.ops.weights import remit_weights
@@ -149,7 +149,7 @@ class _Scorer:
             dtype=training_dtype(recipe, process.device.type),
             implementation=recipe.model.implementation,
             loss_implementation=recipe.compute.loss_implementation,
-            head_chunk_tokens=recipe.reference.head_chunk_tokens if recipe.reference else Build.head_chunk_tokens,
+            head_chunk_tokens=recipe.reference.head_chunk_tokens if recipe.reference else HEAD_CHUNK_TOKENS,
         )
         path, meta = found["reference"]
         ensure_converted(path, meta)

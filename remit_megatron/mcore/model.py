@@ -19,6 +19,9 @@ from remit_megatron.ops.implementation import Implementation
 from remit_megatron.optional import check_implementation
 from remit_megatron.shape import ModelShape, check_layout
 
+HEAD_CHUNK_TOKENS = 2048
+"""Tokens of a scorer whose logits exist at one time, where nothing says otherwise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
@@ -35,7 +38,7 @@ class Build:
     loss_head: str = "logits"
     """Of a student; see RemitGPTModel."""
     loss_implementation: Implementation = "auto"
-    head_chunk_tokens: int = 2048
+    head_chunk_tokens: int = HEAD_CHUNK_TOKENS
 
 
 def make_config(shape: ModelShape, parallel: Parallel, build: Build) -> TransformerConfig:

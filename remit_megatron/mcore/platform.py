@@ -43,20 +43,23 @@ def backend(device: torch.device) -> str:
 
 def _redirect_torch() -> None:
     # DDP buffers, rotary tables, p2p and the checkpoint writer ask for the current device and its streams.
-    torch.cuda.current_device = lambda: CPU
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.current_stream = lambda *args, **kwargs: _NoStream()
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.type = _type_as_cuda
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.current_stream = lambda *args, **kwargs: _NoStream()
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.type = _type_as_cuda
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, *args, **kwargs: self
     _CUDA_TO_CPU.__enter__()
 
 
 def _redirect_megatron() -> None:
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random.CudaRNGStatesTracker = CpuRNGStatesTracker
     random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
@@ -64,7 +67,7 @@ def _redirect_megatron() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # MLA tests modules against Transformer Engine's classes; without TE those names are no classes.
-    mla = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    mla: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
     for name in dir(mla):
         if name.startswith("TE") and not isinstance(getattr(mla, name), type):
             setattr(mla, name, type(name, (), {}))

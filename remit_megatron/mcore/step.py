@@ -131,6 +131,7 @@ class ForwardStep(Former):
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, LossFunction]:
         given, hook = next(data_iterator), passes.checked(model, self.groups)
         microbatch = self.microbatch(given)
+        _check_positions(microbatch, hook)
         if self.groups.is_last_stage:
             microbatch = self._complete(microbatch)
         local = microbatch.local(self._deal, hook.device_of_weights())
@@ -205,6 +206,18 @@ class ForwardStep(Former):
     def local(self, microbatch: Microbatch, model: Any) -> LocalMicrobatch:
         """This rank's part of a microbatch, on a model chunk's device."""
         return microbatch.local(self._deal, unwrap(model).device_of_weights())
+
+
+def _check_positions(microbatch: Microbatch, hook: RemitGPTModel) -> None:
+    """Raises UserError for positions that the model would train without. Waits for the device where any are given."""
+    given, kind = microbatch.position_ids, hook.position_embedding_type
+    if given is None or kind in ("learned_absolute", "mrope"):
+        return
+    if not torch.equal(given, torch.arange(microbatch.length, device=given.device).expand_as(given)):
+        raise UserError(
+            f"the batch's 'position_ids' are not 0..s-1, and position_embedding_type = '{kind}' does not read them: leave "
+            "them out (GPTDatasetConfig.reset_position_ids = False), and give `documents` for attention inside documents"
+        )
 
 
 def _for_schedule(out: LossSum) -> tuple[Tensor, Tensor, Report]:

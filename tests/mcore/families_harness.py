@@ -16,6 +16,7 @@ from remit_megatron.convert.importer import import_folder
 from remit_megatron.data.microbatch import Microbatch
 from remit_megatron.mcore import dist_checkpoint, optim
 from remit_megatron.mcore.groups import Groups, destroy_groups, initialize_groups
+from remit_megatron.mcore.loss_hook import unwrap
 from remit_megatron.mcore.model import build_chunks
 from remit_megatron.mcore.passes import run_schedule
 from remit_megatron.mcore.platform import activate

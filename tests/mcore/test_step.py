@@ -61,6 +61,10 @@ def refusals(rank: int) -> dict[str, str]:
         "plain model": lambda: step(build(GPTModel), NTP()),
         "no reference": lambda: step(build(RemitGPTModel), Remit()),
         "attention mask": lambda: step(build(RemitGPTModel), NTP(), attention_mask=torch.ones(2, 1, 16, 16)),
+        "positions": lambda: step(
+            build(RemitGPTModel), NTP(), position_ids=torch.arange(16).remainder(9).expand(2, 16)
+        ),
+        "own positions": lambda: step(build(RemitGPTModel), NTP(), position_ids=torch.arange(16).expand(2, 16)),
         "no labels": lambda: forward_step(make_forward_step(NTP()), build(RemitGPTModel), {"tokens": text[:, :-1]}),
         "a part": lambda: forward_step(make_forward_step(NTP(), sequence_length=32), build(RemitGPTModel), batch),
         "no selection": lambda: step(build(RemitGPTModel), Rho1(scope="global"), ref_nll=torch.ones(2, 16)),
@@ -82,6 +86,8 @@ EXPECTED = {
     "plain model": "must be a remit_megatron.mcore.RemitGPTModel, got GPTModel",
     "no reference": "objective 'remit' needs ref_nll",
     "attention mask": "the batch's 'attention_mask' is not read: attention is causal",
+    "positions": "'position_ids' are not 0..s-1, and position_embedding_type = 'rope' does not read them",
+    "own positions": "accepted",
     "no labels": "the batch has no 'labels'",
     "a part": "the batch has 16 positions, and whole samples have sequence_length = 32",
     "no selection": "with scope = 'global' call forward_step.prepare(...)",
