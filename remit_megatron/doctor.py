@@ -8,6 +8,7 @@ import torch
 from remit_megatron import __version__
 from remit_megatron.mcore import compat
 from remit_megatron.ops.implementation import describe_implementation
+from remit_megatron.optional import importable
 
 OPTIONAL = {
     "transformer-engine": ("transformer_engine.pytorch", "model.implementation = 'transformer_engine'"),
@@ -53,6 +54,6 @@ def _devices() -> list[str]:
 
 
 def _state(distribution: str, module: str) -> str:
-    if compat.importable(module):
+    if importable(module):
         return f"usable {compat.version(distribution) or ''}".rstrip()
     return "installed, does not import" if compat.version(distribution) else "not installed"

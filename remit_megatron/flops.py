@@ -1,8 +1,11 @@
 """Model FLOP utilisation: what a step has to compute over what the device could."""
 
-import torch
+from typing import TYPE_CHECKING
 
 from remit_megatron.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
 
 PEAK_DENSE_BF16 = {
     "GB200": 2500e12,
@@ -23,9 +26,11 @@ def training_flops_per_token(shape: ModelShape, reference: ModelShape | None, se
     return total + (reference.flops_per_token(sequence_length) if reference else 0.0)
 
 
-def peak_flops(device: torch.device) -> float | None:
+def peak_flops(device: "torch.device") -> float | None:
     """The device's dense bf16 peak; None on a CPU or an unknown device: then no utilisation is reported."""
     if device.type != "cuda":
         return None
+    import torch
+
     name = torch.cuda.get_device_name(device)
     return next((peak for word, peak in PEAK_DENSE_BF16.items() if word in name), None)

@@ -168,7 +168,7 @@ MUTANTS = (
     Mutant(
         "weights: a float sum",
         WEIGHTS_FILE,
-        "steps_sum.double() / STEPS_PER_NAT",
+        "fixed_sum.double() / FIXED_POINT_PER_NAT",
         "gap.float().sum(1, keepdim=True).double()",
         WEIGHTS,
     ),

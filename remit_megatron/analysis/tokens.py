@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from remit_megatron.analysis.comparison import Comparison
 from remit_megatron.analysis.heatmap import page
 from remit_megatron.analysis.margins import summarise, token_table
 from remit_megatron.analysis.plots import plot_comparison
-from remit_megatron.analysis.score import Comparison, compare_models
+from remit_megatron.analysis.score import compare_models
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import check_place, make_folder, write_atomically, writing
 from remit_megatron.errors import UserError

@@ -55,7 +55,7 @@ class Microbatch:
     loss_mask: Tensor
     """[b, s]: 1 where the label is trained on, 0 elsewhere; any dtype that compares with 0."""
     position_ids: Tensor | None = None
-    """[b, s] int64: handed to the model, which reads them where its position embedding is learned. None: 0..s-1."""
+    """[b, s] int64: handed to the model, which must be one that reads them where they are not 0..s-1. None: 0..s-1."""
     segment_ids: Tensor | None = None
     """[b, s] int64: the document of each label, counted within its sample and below s. A masked entry may hold
     anything."""

@@ -4,17 +4,18 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Literal
 
 from remit_megatron.config import Recipe
 from remit_megatron.errors import DamagedError, UserError
+from remit_megatron.fit import check_models
 from remit_megatron.hf.folder import is_hf_folder
-from remit_megatron.mcore.graph import check_graph
-from remit_megatron.presets import check_preset, preset_shape
+from remit_megatron.presets import student_shape
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta, identity, read_meta, resolve_checkpoint
 from remit_megatron.run.hf_source import plan_conversion
-from remit_megatron.shape import ModelShape, check_layout, resolve_shape
+from remit_megatron.shape import ModelShape, check_layout
+
+Precision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,8 @@ class BuildPlan:
     """Content of the reference's checkpoint; see `checkpoint.identity`. None where it is still to be converted."""
     resume: Path | None
     """The run's own newest checkpoint, to go on from; then nothing is taken from model.init."""
-    dtype: torch.dtype
+    precision: Precision
+    """Of weights in training; bf16 keeps a float32 copy in the optimizer."""
 
 
 def make_build_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> BuildPlan:
@@ -51,22 +53,14 @@ def make_build_plan(recipe: Recipe, device_type: str, resume: Path | None = None
     if recipe.model.init and not resume:
         init, init_meta = find_model(recipe.model.init, "model.init", recipe)
     shape = student_shape(recipe, init_meta.model_shape() if init_meta else None)
-    check_layout(shape, recipe.parallel, "model")
-    check_graph(recipe, device_type)
-    check_document_mask(recipe)
     reference_path = reference_meta = reference_shape = None
     if recipe.reference is not None:
         reference_path, reference_meta = find_model(recipe.reference.path, "reference.path", recipe)
         reference_shape = reference_meta.model_shape()
-        if reference_shape.vocab_size != shape.vocab_size:
-            raise UserError(
-                f"reference.path: its vocabulary has {reference_shape.vocab_size} rows, the model's "
-                f"{shape.vocab_size}: both must have been trained with one tokenizer"
-            )
         _check_tokenizers(init_meta, reference_meta)
         if reference_meta.step == 0 and reference_meta.origin is None:
             raise UserError(f"reference.path: {reference_path} was saved before its first step: it is untrained")
-        check_layout(reference_shape, recipe.parallel, "reference")
+    check_models(recipe, shape, reference_shape, device_type=device_type)
     return BuildPlan(
         shape=shape,
         init=init,
@@ -76,16 +70,28 @@ def make_build_plan(recipe: Recipe, device_type: str, resume: Path | None = None
         reference_meta=reference_meta,
         reference_identity=_identity(reference_path, reference_meta),
         resume=resume,
-        dtype=training_dtype(recipe, device_type),
+        precision=training_precision(recipe, device_type),
     )
 
 
-def check_document_mask(recipe: Recipe) -> None:
-    """Raises UserError where models would take a mask of documents for another mask, or for none."""
-    if recipe.data.document_mask and recipe.model.implementation == "transformer_engine":
-        raise UserError(
-            "data.document_mask needs model.implementation = 'local': Transformer Engine's takes no such mask here"
-        )
+def plan_checkpoint(recipe: Recipe, path: Path, device_type: str) -> BuildPlan:
+    """A trained model alone, in the recipe's layout: no reference, and no run to go on with.
+
+    Raises UserError for a layout that does not fit it.
+    """
+    meta = read_meta(path)
+    check_layout(meta.model_shape(), recipe.parallel, "model")
+    return BuildPlan(
+        shape=meta.model_shape(),
+        init=path,
+        init_meta=meta,
+        reference_shape=None,
+        reference_path=None,
+        reference_meta=None,
+        reference_identity=None,
+        resume=None,
+        precision=training_precision(recipe, device_type),
+    )
 
 
 def _identity(path: Path | None, meta: Meta | None) -> str | None:
@@ -96,15 +102,6 @@ def _identity(path: Path | None, meta: Meta | None) -> str | None:
         weights = {key: meta.origin.get(key) for key in ("format", "content", "dtype")}  # wherever the folder is
         return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:32]
     return identity(path)
-
-
-def student_shape(recipe: Recipe, carried: ModelShape | None) -> ModelShape:
-    """The student's shape: of its initial checkpoint, else of the preset, else as the recipe gives it."""
-    if recipe.model.preset is not None:
-        if carried is not None:
-            check_preset(recipe.model.preset, carried)
-        carried = carried or preset_shape(recipe.model.preset)
-    return resolve_shape(recipe.model, carried)
 
 
 def find_model(path: str, key: str, recipe: Recipe) -> tuple[Path, Meta]:
@@ -126,9 +123,8 @@ def _check_tokenizers(init: Meta | None, reference: Meta) -> None:
         )
 
 
-def training_dtype(recipe: Recipe, device_type: str) -> torch.dtype:
+def training_precision(recipe: Recipe, device_type: str) -> Precision:
     """What compute.precision means on a device."""
-    precision = recipe.compute.precision
-    if precision == "auto":
-        precision = "bf16" if device_type == "cuda" else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    if recipe.compute.precision == "auto":
+        return "bf16" if device_type == "cuda" else "fp32"
+    return recipe.compute.precision

@@ -1,11 +1,11 @@
-"""What of a recipe must fit its datasets, its models and the number of ranks, before anything is built."""
+"""What of a recipe and its models must fit the datasets, before anything is built; layouts: remit_megatron/fit.py."""
 
 from collections.abc import Sequence
 
 from remit_megatron.config import Recipe
 from remit_megatron.data.manifest import DatasetInfo, tokenizer_hash
 from remit_megatron.errors import UserError
-from remit_megatron.mcore.groups import data_parallel_size
+from remit_megatron.objectives.settings import Need, RemitSettings
 from remit_megatron.run.build_plan import BuildPlan
 
 
@@ -31,8 +31,14 @@ def check_tokenizers(recipe: Recipe, plan: BuildPlan, infos: Sequence[DatasetInf
 
 def check_documents(recipe: Recipe, eod_id: int | None, vocab_size: int) -> None:
     """Raises UserError where a setting needs to know where documents end, and nothing tells."""
+    objective = recipe.objective
+    by_document = (
+        "objective.centering = 'document'"
+        if isinstance(objective, RemitSettings)
+        else f"objective.name = '{objective.name}'"
+    )
     needing = {
-        "objective.centering = 'document'": getattr(recipe.build_objective(), "centering", None) == "document",
+        by_document: Need.DOCUMENTS in objective.needs,
         "data.document_mask": recipe.data.document_mask,
         "data.eod_mask_loss": recipe.data.eod_mask_loss,
     }
@@ -41,28 +47,3 @@ def check_documents(recipe: Recipe, eod_id: int | None, vocab_size: int) -> None
             raise UserError(f"{setting} needs data.eod_id: the datasets' manifests name none")
     if eod_id is not None and eod_id >= vocab_size:
         raise UserError(f"data.eod_id = {eod_id} is not in the vocabulary of {vocab_size} rows")
-
-
-def num_microbatches(recipe: Recipe, world_size: int) -> int:
-    """Microbatches a data-parallel rank has in a step. Raises UserError when the batch does not divide."""
-    dp = data_parallel_size(recipe.parallel, world_size)
-    samples, per_round = recipe.global_batch_samples, dp * recipe.batch.microbatch_samples
-    if samples % per_round:
-        raise UserError(
-            f"batch.global_batch_tokens = {recipe.batch.global_batch_tokens} is {samples} samples, which do not divide "
-            f"by batch.microbatch_samples x data-parallel ranks = {recipe.batch.microbatch_samples} x {dp}"
-        )
-    count = samples // per_round
-    p = recipe.parallel
-    if p.virtual_pipeline > 1 and count % p.pipeline:
-        raise UserError(
-            f"batch: {count} microbatches a step do not divide by parallel.pipeline = {p.pipeline}, which "
-            "parallel.virtual_pipeline needs"
-        )
-    merged = recipe.reference.merge_microbatches if recipe.reference else 1
-    if count % merged or (p.virtual_pipeline > 1 and (count // merged) % p.pipeline):
-        raise UserError(
-            f"reference.merge_microbatches = {merged} does not fit {count} microbatches a step: it must divide them"
-            + (f", into a multiple of parallel.pipeline = {p.pipeline}" if p.virtual_pipeline > 1 else "")
-        )
-    return count

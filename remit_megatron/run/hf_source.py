@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from remit_megatron.data.files import writing
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.hf import tokenizer
@@ -32,20 +29,19 @@ def plan_conversion(source: str, run: str) -> tuple[Path, Meta]:
     shape = read_shape(folder.config, folder.path / "config.json")
     theirs = {name for names in tensor_names(shape).values() for name in names}
     check_names(folder, theirs, tied=shape.tied_embeddings)
-    dtype = choose_dtype(folder, None)
+    dtype = choose_dtype(folder)
     key = folder.content_key()
     return Path(run).parent / ".converted" / key, Meta(shape=shape.model_dump(), origin=origin(folder, key, dtype))
 
 
-def origin(folder: HFFolder, content_key: str, dtype: torch.dtype) -> dict[str, str]:
+def origin(folder: HFFolder, content_key: str, dtype: str) -> dict[str, str]:
     """What a converted checkpoint says of where it came from. It may serve as a reference though it has no steps.
 
-    dtype: of the converted weights.
+    dtype: of the converted weights: float32 or bfloat16.
     """
     parts = tokenizer.content(folder.path)
     known = {"tokenizer": tokenizer.fingerprint(parts)} if parts else {}
-    name = str(dtype).removeprefix("torch.")
-    return {"format": "huggingface", "source": str(folder.path), "content": content_key, "dtype": name, **known}
+    return {"format": "huggingface", "source": str(folder.path), "content": content_key, "dtype": dtype, **known}
 
 
 def ensure_converted(checkpoint: Path, meta: Meta | None) -> None:
@@ -83,6 +79,9 @@ def _convert(source: str, checkpoint: Path) -> str | None:
 
 def _from_first_rank(compute: Any) -> Any:
     """What `compute` gives on rank 0, on every rank; its error, too."""
+    import torch  # by a rank that builds models; to plan a conversion takes none
+    import torch.distributed as dist
+
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return compute()
     outcome: list[Any] = [None, None]

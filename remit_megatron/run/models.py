@@ -7,16 +7,18 @@ import torch
 from remit_megatron.config import Recipe
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.model import Build, build_chunks
-from remit_megatron.run.build_plan import BuildPlan
+from remit_megatron.run.build_plan import BuildPlan, training_precision
 from remit_megatron.run.hf_source import ensure_converted
 from remit_megatron.run.reference import Reference
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_student(recipe: Recipe, plan: BuildPlan, device: torch.device) -> tuple[list[Any], Any]:
     """The student's chunks on this rank, with the weights of model.init where it is given, and their config."""
     build = Build(
         device=device,
-        dtype=plan.dtype,
+        dtype=DTYPES[plan.precision],
         implementation=recipe.model.implementation,
         recompute=recipe.compute.recompute == "full",
         init_std=recipe.model.init_std,
@@ -28,6 +30,21 @@ def build_student(recipe: Recipe, plan: BuildPlan, device: torch.device) -> tupl
         ensure_converted(plan.init, plan.init_meta)
         dist_checkpoint.load_model(plan.init, chunks)
     return chunks, config
+
+
+def build_scorer(recipe: Recipe, plan: BuildPlan, device: torch.device) -> list[Any]:
+    """The chunks of `plan.init` on this rank, as a model that is only looked at: its head forms no whole logits."""
+    build = Build(
+        device=device,
+        dtype=DTYPES[plan.precision],
+        implementation=recipe.model.implementation,
+        loss_implementation=recipe.compute.loss_implementation,
+    )
+    length = recipe.data.sequence_length
+    chunks, _ = build_chunks(plan.shape, recipe.parallel, build, max_sequence_length=length, scorer=True)
+    assert plan.init is not None
+    dist_checkpoint.load_model(plan.init, chunks)
+    return chunks
 
 
 def build_reference(recipe: Recipe, plan: BuildPlan, device: torch.device, *, load: bool = False) -> Reference | None:
@@ -44,7 +61,7 @@ def build_reference(recipe: Recipe, plan: BuildPlan, device: torch.device, *, lo
     ensure_converted(plan.reference_path, plan.reference_meta)
     build = Build(
         device=device,
-        dtype=plan.dtype,
+        dtype=DTYPES[plan.precision],
         implementation=recipe.model.implementation,
         loss_implementation=recipe.compute.loss_implementation,
         head_chunk_tokens=recipe.reference.head_chunk_tokens,
@@ -57,3 +74,8 @@ def build_reference(recipe: Recipe, plan: BuildPlan, device: torch.device, *, lo
         max_sequence_length=recipe.data.sequence_length,
         precision=recipe.reference.precision,
     )
+
+
+def training_dtype(recipe: Recipe, device_type: str) -> torch.dtype:
+    """What compute.precision means on a device."""
+    return DTYPES[training_precision(recipe, device_type)]
