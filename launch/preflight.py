@@ -30,8 +30,8 @@ from remit_megatron.hf.config import read_json
 from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import is_hf_folder
 from remit_megatron.presets import preset_shape
+from remit_megatron.run.checkpoint import CheckpointFolder, read_meta, resolve_checkpoint
 from remit_megatron.shape import resolve_shape
-from remit_megatron.train.checkpoint import CheckpointFolder, read_meta, resolve_checkpoint
 
 CHECKPOINTS_FREE = 2.2
 """Room for so many: one is written before the oldest goes, and metrics and logs want some."""

@@ -11,7 +11,7 @@ import remit_megatron
 from remit_megatron.config import Recipe, dump_toml
 from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import UserError
-from remit_megatron.train.folder import RunFolder
+from remit_megatron.run.folder import RunFolder
 
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 LOCAL_TYPES = ("tmpfs", "ramfs", "overlay")

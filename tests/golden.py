@@ -174,9 +174,10 @@ def run_case(case: Case, data: Path, folder: Path, begun_by: Path, finished_by: 
     run, log = folder / case.name, folder / f"{case.name}.log"
     path = folder / f"{case.name}.toml"
     path.write_text(toml.dumps(recipe(case, data, run)))
+    ranks = ["--nproc", str(LAYOUTS[case.layout][0])]
     if case.scores == "scores":
-        finish(remit(begun_by, "score", str(path), log=log), log)
-    words = ["train", str(path), "--nproc", str(LAYOUTS[case.layout][0]), *case.command]
+        finish(remit(begun_by, "score", str(path), *ranks, log=log), log)
+    words = ["train", str(path), *ranks, *case.command]
     if begun_by != finished_by:
         process = remit(begun_by, *words, log=log)
         metrics, deadline = run / "metrics.jsonl", time.monotonic() + 300

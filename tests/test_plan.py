@@ -7,7 +7,8 @@ import pytest
 from remit_megatron.cli import main
 from remit_megatron.config import Recipe, load_recipe, parse_recipe
 from remit_megatron.errors import UserError
-from remit_megatron.plan import num_microbatches, plan, stage_memory, stage_parameters, step_flops
+from remit_megatron.fit import num_microbatches
+from remit_megatron.plan import plan, stage_memory, stage_parameters, step_flops
 from remit_megatron.presets import PRESETS, check_preset
 
 RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.toml"))
@@ -104,7 +105,11 @@ def test_microbatches() -> None:
     ("changes", "gpus", "message"),
     [
         ({"parallel": {"tensor": 3}}, 9, "does not divide by parallel.tensor"),
-        ({"parallel": {"tensor": 2}}, 3, "--gpus 3 does not divide"),
+        (
+            {"parallel": {"tensor": 2}},
+            3,
+            "3 ranks do not divide by parallel.tensor x pipeline x context",
+        ),
         ({"batch": {"microbatch_samples": 3}}, 8, "do not divide by batch.microbatch_samples"),
         ({"parallel": {"pipeline": 5}}, 10, "does not divide by parallel.pipeline"),
         ({"model": {"preset": "olmo_1b"}}, 8, "did you mean olmo2_1b?"),

@@ -1,6 +1,6 @@
 """Megatron distributed checkpoints of a model and its optimizer: any layout writes, any layout reads.
 
-Folders and their commit protocol are the caller's (remit_megatron/train/checkpoint.py).
+Folders and their commit protocol are the caller's (remit_megatron/run/checkpoint.py).
 """
 
 import contextlib

@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from remit_megatron.config import Parallel
 from remit_megatron.data.deal import Deal
-from remit_megatron.errors import UserError
+from remit_megatron.fit import data_parallel_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,17 +44,6 @@ class Groups:
             cp_size=self.cp.size(),
             microbatch_samples=microbatch_samples,
         )
-
-
-def data_parallel_size(parallel: Parallel, world_size: int) -> int:
-    """Data-parallel ranks that `world_size` leaves. Raises UserError when the layout does not divide it."""
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % model_ranks:
-        raise UserError(
-            f"{world_size} ranks do not divide by parallel.tensor x pipeline x context = "
-            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {model_ranks}: start with a multiple of it"
-        )
-    return world_size // model_ranks
 
 
 def initialize_groups(parallel: Parallel, seed: int, timeout_s: float = 1800) -> Groups:

@@ -13,23 +13,16 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from remit_megatron.errors import UserError
+from remit_megatron.device import resolve_device
 
 CPU = torch.device("cpu")
 _active: torch.device | None = None
 
 
-def resolve_device(choice: str) -> str:
-    """`auto`, `cpu` or `cuda` to `cpu` or `cuda`. Raises UserError when `cuda` is asked for and absent."""
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise UserError("compute.device = 'cuda' but torch sees no CUDA device: use 'cpu', or a CUDA build of torch")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if choice == "auto" else choice
-
-
 def activate(choice: str, local_rank: int = 0) -> torch.device:
     """Make this process train on `cpu` or `cuda` (or `auto`). Idempotent; a second, different choice is a bug."""
     global _active
-    kind = resolve_device(choice)
+    kind = resolve_device(choice, torch.cuda.is_available)
     if _active is not None:
         assert _active.type == kind, f"the process already runs on {_active.type}"
         return _active

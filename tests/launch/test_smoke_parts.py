@@ -16,8 +16,8 @@ from launch.smoke.tokenizer import EOD_TOKEN, train_tokenizer
 from remit_megatron.config import load_recipe
 from remit_megatron.data.manifest import quick_verify, tokenizer_hash
 from remit_megatron.errors import RunError, UserError
+from remit_megatron.evaluate import boxed_answer
 from remit_megatron.toml import dump_value
-from remit_megatron.train.evaluate import boxed_answer
 
 
 def take(count: int, seed: int = 1, **kwargs: Any) -> list[arithmetic.Problem]:

@@ -22,7 +22,7 @@ from remit_megatron.mcore.passes import run_schedule
 from remit_megatron.mcore.platform import activate
 from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import NTP
-from remit_megatron.train.checkpoint import read_meta
+from remit_megatron.run.checkpoint import read_meta
 from tests.hf import tiny
 from tests.mcore.harness import BUILD, REFERENCE, Case, Layout, save_initial, train_case
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from remit_megatron.config import Parallel, parse_recipe
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.mcore.graph import TOLERANCE_NATS, Replayed, check_graph
+from remit_megatron.fit import check_graph
+from remit_megatron.mcore.graph import TOLERANCE_NATS, Replayed
 from remit_megatron.mcore.platform import activate
 from remit_megatron.objectives import Remit
 from tests.mcore.harness import (
