@@ -29,6 +29,7 @@ from megatron.core.datasets.utils import Split
 from benchmarks.tokenize import machine
 from data_prep.writer import DatasetWriter
 from remit_megatron.config import Data
+from remit_megatron.data.deal import Deal
 from remit_megatron.data.loader import BatchPlan, make_loader
 from remit_megatron.data.samples import assemble
 from remit_megatron.mcore.datasets import TrainingData, open_source
@@ -133,11 +134,12 @@ def measure(
         for n in range(arguments.steps * size):
             assert sample(n)["tokens"].shape == (length,)
     else:
-        plan = BatchPlan(first_sample=0, num_steps=arguments.steps, num_microbatches=1, microbatch_samples=size)
+        deal = Deal(microbatch_samples=size)
+        plan = BatchPlan(first_sample=0, num_steps=arguments.steps, num_microbatches=1, deal=deal)
         loader = make_loader(loader_name, sample, plan, device=torch.device(arguments.device))
         waits = []
         for step in loader:
-            assert step.microbatches[0]["tokens"].shape == (size, length)
+            assert step.microbatches[0].tokens.shape == (size, length)
             waits.append(step.wait_ms)
         loader.close()
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu

@@ -10,14 +10,12 @@ from remit_megatron.config import Recipe
 from remit_megatron.data.files import writing
 from remit_megatron.errors import UserError
 from remit_megatron.fit import check_document_mask
-from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.generate import greedy
-from remit_megatron.mcore.groups import Groups, initialize_groups
-from remit_megatron.mcore.model import Build, build_chunks
-from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
-from remit_megatron.run.models import training_dtype
+from remit_megatron.mcore.groups import Groups
+from remit_megatron.run.checkpoint import resolve_checkpoint
+from remit_megatron.run.models import build_scorer
+from remit_megatron.run.prepare import prepare
 from remit_megatron.run.process import Process, joined_process
-from remit_megatron.shape import check_layout
 from remit_megatron.train.held_out import Evaluator
 
 
@@ -55,21 +53,11 @@ def _figures(
     max_new_tokens: int,
 ) -> dict[str, Any]:
     path = resolve_checkpoint(checkpoint, "--checkpoint")
-    meta = read_meta(path)
-    shape = meta.model_shape()
-    check_layout(shape, recipe.parallel, "model")
-    groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
-    evaluator = Evaluator(recipe, groups, shape.vocab_size, meta.tokenizer)
-    build = Build(
-        device=process.device,
-        dtype=training_dtype(recipe, process.device.type),
-        implementation=recipe.model.implementation,
-        loss_implementation=recipe.compute.loss_implementation,
-    )
-    chunks, _ = build_chunks(
-        shape, recipe.parallel, build, max_sequence_length=recipe.data.sequence_length, scorer=True
-    )
-    dist_checkpoint.load_model(path, chunks)
+    ready = prepare(recipe, process, checkpoint=path)
+    meta, groups = ready.plan.init_meta, ready.groups
+    assert meta is not None
+    evaluator = Evaluator(recipe, groups, ready.plan.shape.vocab_size, ready.tokenizer)
+    chunks = build_scorer(recipe, ready.plan, process.device)
     figures: dict[str, Any] = {"checkpoint": str(path), "step": meta.step, "tokens": meta.tokens}
     figures.update(evaluator.run(chunks, process.device))
     if cases is not None:

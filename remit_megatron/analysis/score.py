@@ -15,11 +15,10 @@ from remit_megatron.analysis.comparison import Comparison, ModelTokens
 from remit_megatron.config import Recipe
 from remit_megatron.errors import UserError
 from remit_megatron.fit import check_document_mask
-from remit_megatron.mcore import datasets, dist_checkpoint
+from remit_megatron.mcore import datasets, dist_checkpoint, passes
 from remit_megatron.mcore.groups import Groups, initialize_groups
 from remit_megatron.mcore.model import HEAD_CHUNK_TOKENS, Build, build_chunks
-from remit_megatron.mcore.step import ForwardStep, make_forward_step
-from remit_megatron.objectives import KD, NTP, Remit
+from remit_megatron.objectives import Remit
 from remit_megatron.ops.weights import remit_weights
 from remit_megatron.run.build_plan import find_model
 from remit_megatron.run.checkpoint import Meta
@@ -155,14 +154,13 @@ class _Scorer:
         ensure_converted(path, meta)
         length = recipe.data.sequence_length
         self.reference = Reference(meta.model_shape(), path, recipe.parallel, self.build, max_sequence_length=length)
-        self.plain = make_forward_step(NTP(), groups=groups)
-        self.distil: ForwardStep = make_forward_step(KD(), self.reference.chunks, groups=groups)
+        self.groups = groups
 
     def reference_nll(self) -> np.ndarray:
         """[n, s] float32, nats."""
         parts: list[torch.Tensor] = []
         for first, last in self._spans("reference"):
-            parts += self.plain.nll_of(self.reference.chunks, self.dealt.microbatches(first, last))
+            parts += passes.nll(self.reference.chunks, self.dealt.microbatches(first, last), self.groups)
         return self.dealt.whole(parts).numpy()
 
     def nll_and_kl(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +175,8 @@ class _Scorer:
             chunk.eval()
         parts: list[torch.Tensor] = []
         for first, last in self._spans(name):
-            parts += self.distil.nll_and_kl_of(chunks, self.dealt.microbatches(first, last))
+            microbatches = self.dealt.microbatches(first, last)
+            parts += passes.nll_and_kl(chunks, self.reference.chunks, microbatches, self.groups)
         del chunks
         gc.collect()
         nll, kl = (self.dealt.whole([part[i] for part in parts]).numpy() for i in (0, 1))
@@ -191,5 +190,5 @@ class _Scorer:
             last = min(first + size, dealt.count)
             yield first, last
             if self.process.rank == 0:
-                tokens = last * dealt.samples * dealt.groups.dp.size() * dealt.length
+                tokens = last * dealt.deal.turn_samples * dealt.length
                 print(f"{name}: {tokens:,} tokens scored", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Feeds a training loop: microbatches of each step, assembled ahead, in an order that follows from the step alone.
 
-Both loaders take the same stateless `sample(n) -> dict of numpy arrays` and give the same tensors, bit for bit. The
-default one assembles steps in a thread and pins them for CUDA; `loader = "dali"` runs them through NVIDIA DALI.
+Both loaders take the same stateless `sample(n) -> dict of numpy arrays` and give the same microbatches, bit for bit.
+The default one assembles steps in a thread and pins them for CUDA; `loader = "dali"` runs them through NVIDIA DALI.
 """
 
 import queue
@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from remit_megatron.data.deal import Deal
+from remit_megatron.data.microbatch import Microbatch
 from remit_megatron.errors import UserError
 
 Sample = Mapping[str, np.ndarray]
@@ -21,42 +23,32 @@ Sample = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """Which samples this data-parallel rank takes, step by step.
-
-    Microbatch i of a step holds the samples from first + (i * dp_size + dp_rank) * microbatch_samples on.
-    """
+    """Which samples this data-parallel rank takes, step by step."""
 
     first_sample: int
     """Number of the sample with which the first global batch begins; to resume, the samples done."""
     num_steps: int
     num_microbatches: int
-    microbatch_samples: int
-    dp_rank: int = 0
-    dp_size: int = 1
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.dp_rank < self.dp_size, f"rank {self.dp_rank} of {self.dp_size}"
+    """Of a step, on each data-parallel rank."""
+    deal: Deal
 
     @property
     def step_samples(self) -> int:
         """Samples of a global batch."""
-        return self.num_microbatches * self.microbatch_samples * self.dp_size
+        return self.num_microbatches * self.deal.turn_samples
 
     def microbatches(self, step: int) -> list[range]:
         """Sample numbers of each microbatch of a step (counted from 0) on this rank."""
         first = self.first_sample + step * self.step_samples
-        starts = [
-            first + (i * self.dp_size + self.dp_rank) * self.microbatch_samples for i in range(self.num_microbatches)
-        ]
-        return [range(start, start + self.microbatch_samples) for start in starts]
+        return [range(first + rows.start, first + rows.stop) for rows in self.deal.microbatches(self.num_microbatches)]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step's data."""
 
-    microbatches: list[dict[str, torch.Tensor]]
-    """Each key [microbatch_samples, ...] on the loader's device."""
+    microbatches: list[Microbatch]
+    """On the loader's device."""
     wait_ms: float
     """How long the training loop waited for it."""
 
@@ -82,9 +74,10 @@ def make_loader(
     raise UserError(f"data.loader = '{name}': known are default, dali")
 
 
-def stack(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Samples to one microbatch: each key gains a leading dimension. The tensors own their memory."""
-    return {key: torch.from_numpy(rows) for key, rows in stack_arrays(samples).items()}
+def stack(samples: list[Sample]) -> Microbatch:
+    """Samples to one microbatch, whose fields are their keys. The tensors own their memory."""
+    fields: Any = {key: torch.from_numpy(rows) for key, rows in stack_arrays(samples).items()}
+    return Microbatch(**fields)
 
 
 def stack_arrays(samples: list[Sample]) -> dict[str, np.ndarray]:
@@ -120,7 +113,7 @@ class ThreadLoader:
             if isinstance(item, BaseException):
                 raise item
             if self.device.type == "cuda":
-                item = [{key: t.to(self.device, non_blocking=True) for key, t in batch.items()} for batch in item]
+                item = [microbatch.to(self.device) for microbatch in item]
             yield Step(item, 1e3 * (time.perf_counter() - start))
 
     def close(self) -> None:
@@ -137,7 +130,7 @@ class ThreadLoader:
             for step in range(self.plan.num_steps):
                 batches = [stack([self.sample(n) for n in numbers]) for numbers in self.plan.microbatches(step)]
                 if self.device.type == "cuda":
-                    batches = [{key: t.pin_memory() for key, t in batch.items()} for batch in batches]
+                    batches = [microbatch.pin_memory() for microbatch in batches]
                 if self._stop.is_set():
                     return
                 self._ready.put(batches)

@@ -20,9 +20,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from remit_megatron.config import Data
+from remit_megatron.data.deal import Deal
 from remit_megatron.data.index_cache import INDEX_FOLDER, ensure_cache
 from remit_megatron.data.indexed import open_index
+from remit_megatron.data.loader import stack
 from remit_megatron.data.manifest import DatasetInfo, end_of_document, quick_verify
+from remit_megatron.data.microbatch import Microbatch
 from remit_megatron.data.packed import PackedSamples, open_packed
 from remit_megatron.data.samples import assemble
 from remit_megatron.errors import RemitError, RunError, UserError
@@ -183,13 +186,6 @@ class HeldOut:
         return sample
 
 
-def microbatches(
-    source: Any, first: int, num_microbatches: int, samples: int, dp_rank: int, dp_size: int
-) -> list[dict[str, torch.Tensor]]:
-    """This data-parallel rank's microbatches of the global batch that begins with sample `first`."""
-    batches = []
-    for i in range(num_microbatches):
-        start = first + (i * dp_size + dp_rank) * samples
-        parts = [source.sample(n) for n in range(start, start + samples)]
-        batches.append({key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]})
-    return batches
+def microbatches(source: TrainingData | HeldOut, first: int, count: int, deal: Deal) -> list[Microbatch]:
+    """This rank's first `count` microbatches of the batch that begins with sample `first`."""
+    return [stack([source.sample(first + row) for row in rows]) for rows in deal.microbatches(count)]

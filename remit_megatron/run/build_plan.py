@@ -13,7 +13,7 @@ from remit_megatron.hf.folder import is_hf_folder
 from remit_megatron.presets import student_shape
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta, identity, read_meta, resolve_checkpoint
 from remit_megatron.run.hf_source import plan_conversion
-from remit_megatron.shape import ModelShape
+from remit_megatron.shape import ModelShape, check_layout
 
 Precision = Literal["bf16", "fp32"]
 
@@ -70,6 +70,26 @@ def make_build_plan(recipe: Recipe, device_type: str, resume: Path | None = None
         reference_meta=reference_meta,
         reference_identity=_identity(reference_path, reference_meta),
         resume=resume,
+        precision=training_precision(recipe, device_type),
+    )
+
+
+def plan_checkpoint(recipe: Recipe, path: Path, device_type: str) -> BuildPlan:
+    """A trained model alone, in the recipe's layout: no reference, and no run to go on with.
+
+    Raises UserError for a layout that does not fit it.
+    """
+    meta = read_meta(path)
+    check_layout(meta.model_shape(), recipe.parallel, "model")
+    return BuildPlan(
+        shape=meta.model_shape(),
+        init=path,
+        init_meta=meta,
+        reference_shape=None,
+        reference_path=None,
+        reference_meta=None,
+        reference_identity=None,
+        resume=None,
         precision=training_precision(recipe, device_type),
     )
 

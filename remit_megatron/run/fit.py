@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from remit_megatron.config import Recipe
 from remit_megatron.data.manifest import DatasetInfo, tokenizer_hash
 from remit_megatron.errors import UserError
-from remit_megatron.objectives.settings import Need
+from remit_megatron.objectives.settings import Need, RemitSettings
 from remit_megatron.run.build_plan import BuildPlan
 
 
@@ -31,8 +31,14 @@ def check_tokenizers(recipe: Recipe, plan: BuildPlan, infos: Sequence[DatasetInf
 
 def check_documents(recipe: Recipe, eod_id: int | None, vocab_size: int) -> None:
     """Raises UserError where a setting needs to know where documents end, and nothing tells."""
+    objective = recipe.objective
+    by_document = (
+        "objective.centering = 'document'"
+        if isinstance(objective, RemitSettings)
+        else f"objective.name = '{objective.name}'"
+    )
     needing = {
-        "objective.centering = 'document'": Need.DOCUMENTS in recipe.objective.needs,
+        by_document: Need.DOCUMENTS in objective.needs,
         "data.document_mask": recipe.data.document_mask,
         "data.eod_mask_loss": recipe.data.eod_mask_loss,
     }

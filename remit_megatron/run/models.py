@@ -32,6 +32,21 @@ def build_student(recipe: Recipe, plan: BuildPlan, device: torch.device) -> tupl
     return chunks, config
 
 
+def build_scorer(recipe: Recipe, plan: BuildPlan, device: torch.device) -> list[Any]:
+    """The chunks of `plan.init` on this rank, as a model that is only looked at: its head forms no whole logits."""
+    build = Build(
+        device=device,
+        dtype=DTYPES[plan.precision],
+        implementation=recipe.model.implementation,
+        loss_implementation=recipe.compute.loss_implementation,
+    )
+    length = recipe.data.sequence_length
+    chunks, _ = build_chunks(plan.shape, recipe.parallel, build, max_sequence_length=length, scorer=True)
+    assert plan.init is not None
+    dist_checkpoint.load_model(plan.init, chunks)
+    return chunks
+
+
 def build_reference(recipe: Recipe, plan: BuildPlan, device: torch.device, *, load: bool = False) -> Reference | None:
     """The frozen reference on this rank, loaded and checked. None where the recipe has none, or its scores come from
     elsewhere and are neither checked nor ever made here, unless `load` says that it is needed all the same."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from remit_megatron.data.files import locked, make_folder, write_atomically, writing
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.ops.score_steps import LARGEST, STEPS_PER_NAT
+from remit_megatron.ops.score_quanta import LARGEST, QUANTA_PER_NAT
 from remit_megatron.scores.manifest import CacheManifest, SourceScores, check_same
 
 BLOCK_BYTES = 4 << 20
@@ -107,20 +107,20 @@ class ScoreCache:
         with locked(path, busy=f"{self.folder}: another process scores this shard: wait for it or stop it"):
             yield
 
-    def write_block(self, block: Block, steps: np.ndarray, mask: np.ndarray) -> None:
-        """steps [samples, s] of int32 in [0, 65535]; mask [samples, s], nonzero where a token is scored.
+    def write_block(self, block: Block, quanta: np.ndarray, mask: np.ndarray) -> None:
+        """quanta [samples, s] of int32 in [0, 65535]; mask [samples, s], nonzero where a token is scored.
 
         Raises RunError for a score that is not a number, and where the disk refuses.
         """
-        if (steps < 0).any():
-            sample, position = np.argwhere(steps < 0)[0].tolist()
+        if (quanta < 0).any():
+            sample, position = np.argwhere(quanta < 0)[0].tolist()
             raise RunError(
                 f"the reference's score of sample {block.first + sample}, position {position} of source {block.source} "
                 "is not a number: its weights or its precision are broken"
             )
-        payload = steps.astype("<u2").tobytes()
-        saturated, tokens = int(((steps == LARGEST) & (mask > 0)).sum()), int((mask > 0).sum())
-        header = (MAGIC, block.source, block.first, *steps.shape, saturated, tokens, hashlib.sha256(payload).digest())
+        payload = quanta.astype("<u2").tobytes()
+        saturated, tokens = int(((quanta == LARGEST) & (mask > 0)).sum()), int((mask > 0).sum())
+        header = (MAGIC, block.source, block.first, *quanta.shape, saturated, tokens, hashlib.sha256(payload).digest())
         path = self._path(block.source, block.number)
         with writing(path):
             path.parent.mkdir(exist_ok=True)
@@ -161,9 +161,9 @@ class ScoreCache:
 
     def scores(self, source: int, number: int) -> np.ndarray:
         """Reference NLL [s] float32, nats, of one sample of the run's source. Raises RunError for a damaged block."""
-        return self.steps(source, number).astype(np.float32) / np.float32(STEPS_PER_NAT)
+        return self.quanta(source, number).astype(np.float32) / np.float32(QUANTA_PER_NAT)
 
-    def steps(self, source: int, number: int) -> np.ndarray:
+    def quanta(self, source: int, number: int) -> np.ndarray:
         """The same as it is stored, [s] uint16."""
         index, row = divmod(number, self.manifest.block_samples)
         place = self._sources[source], index
@@ -189,8 +189,8 @@ class ScoreCache:
         share = self.saturated_share()
         if share > MAX_SATURATED_SHARE:
             raise UserError(
-                f"{self.key}: {self.folder} has {share:.2%} of its tokens at the largest score that it can hold "
-                f"({LARGEST / STEPS_PER_NAT:.2f} nats): such a reference does not know these data; score online instead"
+                f"{self.key}: {self.folder} has {share:.2%} of its tokens at the largest score that it can hold ("
+                f"{LARGEST / QUANTA_PER_NAT:.2f} nats): such a reference does not know these data; score online instead"
             )
 
     def missing(self) -> list[Block]:
@@ -278,16 +278,16 @@ class ScoreCache:
             return header
 
     def _verified(self, block: Block) -> np.ndarray:
-        """A block's steps [samples, s], mapped, after a look at every byte."""
+        """A block's quanta [samples, s], mapped, after a look at every byte."""
         path = self._path(block.source, block.number)
         with self._opened(block) as (header, stream):
             shape = (header.samples, self.manifest.sequence_length)
             if os.fstat(stream.fileno()).st_size != HEADER.size + 2 * shape[0] * shape[1]:
                 raise RunError(f"{path}: its size is not that of its content; delete it and run `remit score` again")
-            steps = np.memmap(stream, dtype="<u2", mode="r", offset=HEADER.size, shape=shape)
-        if hashlib.sha256(np.ascontiguousarray(steps).data).digest() != header.payload_sha256:
+            quanta = np.memmap(stream, dtype="<u2", mode="r", offset=HEADER.size, shape=shape)
+        if hashlib.sha256(np.ascontiguousarray(quanta).data).digest() != header.payload_sha256:
             raise RunError(
                 f"{path}: its SHA-256 is not the one in its header, so it was damaged; delete it and run `remit score` "
                 "again"
             )
-        return steps
+        return quanta

@@ -9,11 +9,11 @@ from remit_megatron.config import Recipe
 from remit_megatron.data.files import make_folder, write_atomically, writing
 from remit_megatron.device import resolve_device
 from remit_megatron.errors import UserError
-from remit_megatron.mcore.datasets import SourceSamples, TrainingData
+from remit_megatron.mcore.datasets import SourceSamples
 from remit_megatron.run.build_plan import make_build_plan
-from remit_megatron.run.sources import open_sources
+from remit_megatron.run.sources import open_training
 from remit_megatron.scores.cache import ScoreCache
-from remit_megatron.scores.scorer import cache_manifest
+from remit_megatron.scores.scorer import manifest_of
 
 
 def export_scores(recipe: Recipe, scores: str | None, folder: str) -> list[Path]:
@@ -25,16 +25,15 @@ def export_scores(recipe: Recipe, scores: str | None, folder: str) -> list[Path]
     if recipe.reference is None or (scores or recipe.reference.scores) is None:
         raise UserError("remit score --export: say where the scores are, with --output or reference.scores")
     plan = make_build_plan(recipe, resolve_device(recipe.compute.device))
-    sources, tokenizer = open_sources(recipe, plan)
-    data = TrainingData(sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)
+    data, tokenizer = open_training(recipe, plan)
     names = [Path(source.path).name for source in recipe.data.train]
     if len(set(names)) < len(names):
         raise UserError(f"remit score --export: two sources have one name ({', '.join(names)}): export them apart")
-    manifest = cache_manifest(recipe, plan, data, tokenizer)
+    manifest = manifest_of(recipe, plan, data, tokenizer)
     cache = ScoreCache.open(Path(scores or recipe.reference.scores or ""), manifest, "--export")
     make_folder(Path(folder), "remit score --export")
     written = []
-    for number, (name, source, count) in enumerate(zip(names, sources, data.order.needed(), strict=True)):
+    for number, (name, source, count) in enumerate(zip(names, data.sources, data.order.needed(), strict=True)):
         path = Path(folder) / f"{name}.npy"
         with writing(path):
             np.save(path, _by_token(cache, number, source, count))

@@ -12,12 +12,9 @@ import torch.distributed as dist
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import locked, make_folder
 from remit_megatron.errors import UserError
-from remit_megatron.mcore.datasets import TrainingData
-from remit_megatron.mcore.groups import initialize_groups
-from remit_megatron.run.build_plan import make_build_plan
 from remit_megatron.run.models import build_reference
+from remit_megatron.run.prepare import prepare
 from remit_megatron.run.process import Process, StopSignals, from_rank_0, joined_process
-from remit_megatron.run.sources import open_sources
 from remit_megatron.scores.queue import KEY, ScorerSide, write_step
 from remit_megatron.scores.queued import queue_manifest
 from remit_megatron.scores.scorer import SampleNumber, Scorer, cache_manifest
@@ -46,16 +43,13 @@ def follow_on(recipe: Recipe, process: Process, stop: Callable[[], bool] = lambd
     if from_rank_0(lambda: _is_over(recipe), device):
         _say(process, f"{recipe.run}: the run is done: there is nothing to score")
         return
-    plan = from_rank_0(lambda: make_build_plan(recipe, device.type), device)
-    groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
-    sources, tokenizer = open_sources(recipe, plan)
-    data = TrainingData(sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)
-    manifest = queue_manifest(recipe, cache_manifest(recipe, plan, data, tokenizer))
+    ready = prepare(recipe, process)
+    manifest = queue_manifest(recipe, cache_manifest(ready))
     with contextlib.ExitStack() as held:
         from_rank_0(lambda: _lock(folder, held), device)
-        reference = build_reference(recipe, plan, device, load=True)
+        reference = build_reference(recipe, ready.plan, device, load=True)
         assert reference is not None
-        scorer, ahead = Scorer(recipe, data, reference, groups), recipe.reference.queue.ahead_steps
+        scorer, ahead = Scorer(ready, reference), recipe.reference.queue.ahead_steps
         side = from_rank_0(lambda: ScorerSide(folder, manifest, ahead), device)
         try:
             _follow(scorer, side, process, stop)
@@ -71,7 +65,8 @@ def _lock(folder: Path, held: contextlib.ExitStack) -> None:
 
 def _follow(scorer: Scorer, side: ScorerSide, process: Process, stop: Callable[[], bool]) -> None:
     """side: each rank has one; only rank 0's reads, beats and removes."""
-    groups, recipe, count = scorer.groups, scorer.recipe, scorer.recipe.global_batch_samples
+    groups, recipe = scorer.groups, scorer.ready.recipe
+    count, order = recipe.global_batch_samples, scorer.ready.data.order
     # One rank has all scores and writes; it is the first of the last stage.
     writes, started = groups.counts_loss and groups.dp_cp.rank() == 0, None
     _say(process, f"{side.folder}: scores for {recipe.run} when it comes")
@@ -86,7 +81,7 @@ def _follow(scorer: Scorer, side: ScorerSide, process: Process, stop: Callable[[
         if started is None:
             started = time.monotonic()
             _say(process, f"{side.folder}: the run is there: scores from step {step} on")
-        samples = [scorer.data.order[n] for n in range((step - 1) * count, step * count)]
+        samples = [order[n] for n in range((step - 1) * count, step * count)]
         scores = _score(scorer, samples, side, process)
         if writes:
             write_step(side.folder, step, side.manifest, samples, scores.numpy())

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from remit_megatron.mcore import fp8
+from remit_megatron.data.microbatch import Microbatch
+from remit_megatron.mcore import fp8, passes
 from remit_megatron.mcore.step import ForwardStep
 from remit_megatron.objectives import Remit
 from remit_megatron.run.reference import Reference
@@ -24,24 +25,28 @@ class Error(NamedTuple):
 
 @torch.no_grad()
 def precision_error(
-    reference: Reference, step: ForwardStep, student: list[Any], batches: list[dict[str, Tensor]]
+    reference: Reference, step: ForwardStep, student: list[Any], microbatches: list[Microbatch]
 ) -> dict[str, Error]:
     """Errors of `ref_nll`, in nats, and under ReMiT of `weight`, of FP8 against the reference in its own precision.
 
-    Scores `batches` in both, with the student as it is. Collective; every rank gets the result.
+    Scores the microbatches in both, with the student as it is. Collective; every rank gets the result.
     """
-    low = step.nll_of(reference.chunks, batches)
+    merge = step.reference.merge_microbatches
+
+    def nll_of(chunks: list[Any]) -> list[Tensor]:
+        return passes.nll(chunks, microbatches, step.groups, merge=merge)
+
+    low = nll_of(reference.chunks)
     with fp8.disabled(reference.products):
-        exact = step.nll_of(reference.chunks, batches)
-    nll = step.nll_of(student, batches)
+        exact = nll_of(reference.chunks)
+    own = nll_of(student)
     errors: dict[str, list[Tensor]] = {"ref_nll": []}
-    for batch, *scores in zip(batches, low, exact, nll, strict=True) if step.groups.is_last_stage else ():
-        one, other, own = scores
-        stats = step.token_stats(step.local_batch(batch, student[-1]), own)
+    for i, microbatch in enumerate(microbatches if step.groups.is_last_stage else ()):
+        stats = step.token_stats(step.local(microbatch, student[-1]), own[i])
         kept = stats.mask > 0
-        errors["ref_nll"].append((one - other)[kept])
+        errors["ref_nll"].append((low[i] - exact[i])[kept])
         if isinstance(step.objective, Remit):
-            weights = [step.objective.weights(replace(stats, ref_nll=score)) for score in (one, other)]
+            weights = [step.objective.weights(replace(stats, ref_nll=score[i])) for score in (low, exact)]
             errors.setdefault("weight", []).append((weights[0] - weights[1])[kept])
     names = ["ref_nll", *(["weight"] if isinstance(step.objective, Remit) else [])]
     return {name: _over_ranks(errors.get(name, []), step.groups.counts_loss, reference.device) for name in names}

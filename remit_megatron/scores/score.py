@@ -9,13 +9,11 @@ import torch.distributed as dist
 
 from remit_megatron.config import Recipe
 from remit_megatron.errors import UserError
-from remit_megatron.mcore.datasets import TrainingData
-from remit_megatron.mcore.groups import initialize_groups
-from remit_megatron.run.build_plan import make_build_plan
 from remit_megatron.run.models import build_reference
+from remit_megatron.run.prepare import prepare
 from remit_megatron.run.process import Process, from_rank_0, joined_process
-from remit_megatron.run.sources import open_sources
 from remit_megatron.scores.cache import Block, ScoreCache, blocks_of
+from remit_megatron.scores.open import open_cache
 from remit_megatron.scores.scorer import Scorer, cache_manifest, random_samples
 
 KEY = "remit score"
@@ -38,25 +36,20 @@ def score_recipe(recipe: Recipe, output: str | None, shard: tuple[int, int] = (0
 
 def score_on(recipe: Recipe, folder: Path, process: Process, shard: tuple[int, int] = (0, 1), check: int = 0) -> None:
     """`score_recipe` on a process that has joined. Collective."""
-    plan = from_rank_0(lambda: make_build_plan(recipe, process.device.type), process.device)
-    groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
-    sources, tokenizer = open_sources(recipe, plan)
-    data = TrainingData(sources, recipe.data, recipe.train_steps * recipe.global_batch_samples)
-    manifest = cache_manifest(recipe, plan, data, tokenizer)
-    reference = build_reference(recipe, plan, process.device, load=True)
+    ready = prepare(recipe, process)
+    manifest = cache_manifest(ready)
+    reference = build_reference(recipe, ready.plan, process.device, load=True)
     assert reference is not None
-    scorer = Scorer(recipe, data, reference, groups)
+    scorer = Scorer(ready, reference)
     if check:
-        from_rank_0(lambda: ScoreCache.open(folder, manifest, KEY) and None, process.device)
-        cache = ScoreCache.open(folder, manifest, KEY, verify=False)
-        error = scorer.check(cache, random_samples(data.order.needed(), check))
+        error = scorer.check(open_cache(ready, folder, KEY), random_samples(ready.data.order.needed(), check))
         if process.rank == 0:
             print(json.dumps({"samples": check, **error._asdict()}))
         return
     manifest = from_rank_0(lambda: ScoreCache.begin(folder, manifest, KEY).manifest, process.device)
     cache = ScoreCache(folder, manifest, KEY)
     # One rank writes; it is the first of the last stage, whose ranks have the scores.
-    writes = groups.counts_loss and groups.dp_cp.rank() == 0
+    writes = ready.groups.counts_loss and ready.groups.dp_cp.rank() == 0
     if not writes:
         _score_blocks(scorer, cache, shard, process, writes=False)
         return
@@ -70,9 +63,9 @@ def _score_blocks(scorer: Scorer, cache: ScoreCache, shard: tuple[int, int], pro
     todo: list[Block] = from_rank_0(lambda: [block for block in mine if not cache.is_whole(block)], process.device)
     started, done = time.monotonic(), 0
     for block in todo:
-        steps, mask = scorer.score([(block.source, block.first + i) for i in range(block.samples)])
+        quanta, mask = scorer.score([(block.source, block.first + i) for i in range(block.samples)])
         if writes:
-            cache.write_block(block, steps.numpy(), mask.numpy())
+            cache.write_block(block, quanta.numpy(), mask.numpy())
             done += block.samples
             _say_progress(cache, todo, done, time.monotonic() - started)
     dist.barrier()

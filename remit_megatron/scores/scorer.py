@@ -1,4 +1,4 @@
-"""Scores of given samples under the reference, in any layout, as a cache stores them."""
+"""The scorer: scores of given samples under the reference, in any layout, as a cache stores them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,14 +11,12 @@ from torch import Tensor
 from remit_megatron.config import Recipe
 from remit_megatron.data.loader import stack
 from remit_megatron.errors import UserError
-from remit_megatron.mcore.attention import zigzag_slice
+from remit_megatron.mcore import passes
 from remit_megatron.mcore.datasets import TrainingData
 from remit_megatron.mcore.graph import Replayed
-from remit_megatron.mcore.groups import Groups
-from remit_megatron.mcore.step import make_forward_step
-from remit_megatron.objectives import NTP
-from remit_megatron.ops.score_steps import STEPS_PER_NAT, quantise
+from remit_megatron.ops.score_quanta import QUANTA_PER_NAT, quantise
 from remit_megatron.run.build_plan import BuildPlan
+from remit_megatron.run.prepare import Ready
 from remit_megatron.run.reference import Reference
 from remit_megatron.scores.cache import ScoreCache, block_samples
 from remit_megatron.scores.manifest import CacheManifest, SourceScores
@@ -26,8 +24,8 @@ from remit_megatron.scores.manifest import CacheManifest, SourceScores
 SampleNumber = tuple[int, int]
 """Source and number of the sample in it."""
 MEAN_ERROR_NATS = {"fp32": 1e-3, "bf16": 0.02, "fp8": 0.1}
-"""What re-scoring may differ by from stored scores, in the mean: half a step (1.2e-4 in the mean), and the round-off of
-another layout or microbatch in the precision. Scores of another model or of other tokens differ by tenths of nats."""
+"""What re-scoring may differ by from stored scores, in the mean: half a quantum (1.2e-4 in the mean), and the round-off
+of another layout or microbatch in the precision. Scores of another model or of other tokens differ by tenths."""
 
 
 class ScoreError(NamedTuple):
@@ -38,8 +36,13 @@ class ScoreError(NamedTuple):
     tokens: int
 
 
-def cache_manifest(recipe: Recipe, plan: BuildPlan, data: TrainingData, tokenizer: str | None) -> CacheManifest:
+def cache_manifest(ready: Ready) -> CacheManifest:
     """What the scores that this recipe needs would be."""
+    return manifest_of(ready.recipe, ready.plan, ready.data, ready.tokenizer)
+
+
+def manifest_of(recipe: Recipe, plan: BuildPlan, data: TrainingData, tokenizer: str | None) -> CacheManifest:
+    """The same, where no rank has started."""
     assert recipe.reference is not None
     assert plan.reference_identity is not None
     settings = recipe.data
@@ -64,63 +67,52 @@ def cache_manifest(recipe: Recipe, plan: BuildPlan, data: TrainingData, tokenize
 class Scorer:
     """Runs the reference forward-only over chosen samples. Methods are collective."""
 
-    def __init__(self, recipe: Recipe, data: TrainingData, reference: Reference, groups: Groups):
-        assert recipe.reference is not None
-        self.recipe = recipe
-        self.data = data
+    def __init__(self, ready: Ready, reference: Reference):
+        settings, p = ready.recipe.reference, ready.recipe.parallel
+        assert settings is not None
+        self.ready = ready
         self.reference = reference
-        self.groups = groups
-        self._merge = recipe.reference.merge_microbatches
-        self._graph = Replayed() if recipe.reference.cuda_graph else None
-        self._step = make_forward_step(NTP(), groups=groups, merge_microbatches=self._merge)
+        self.groups = ready.groups
+        self._deal = ready.deal
+        self._merge = settings.merge_microbatches
+        self._graph = Replayed() if settings.cuda_graph else None
+        # An interleaved schedule takes whole rounds of microbatches only, and merged ones must be of one size.
+        self._round = self._merge * (p.pipeline if p.virtual_pipeline > 1 else 1)
+
+    @property
+    def round_samples(self) -> int:
+        """Samples that all data-parallel ranks score together; a multiple of it wastes nothing."""
+        return self._deal.turn_samples * self._round
 
     def score(self, samples: Sequence[SampleNumber]) -> tuple[Tensor, Tensor]:
-        """(steps, mask) of samples, [n, s] int32 and float32 on the CPU: whole on the last stage's ranks, 0 elsewhere.
+        """(quanta, mask) of samples, [n, s] int32 and float32 on the CPU: whole on the last stage's ranks, 0 elsewhere.
 
         A score that is not a number is -1.
         """
         nll, mask = self.nll(samples)
         return quantise(nll), mask
 
-    @property
-    def round_samples(self) -> int:
-        """Samples that all data-parallel ranks score together; a multiple of it wastes nothing."""
-        p = self.recipe.parallel
-        # An interleaved schedule takes whole rounds of microbatches only, and merged ones must be of one size.
-        microbatches = self._merge * (p.pipeline if p.virtual_pipeline > 1 else 1)
-        return self.recipe.batch.microbatch_samples * self.groups.dp.size() * microbatches
-
     def nll(self, samples: Sequence[SampleNumber]) -> tuple[Tensor, Tensor]:
         """(NLL in nats, mask) of samples, [n, s] float32 on the CPU: whole on the last stage's ranks, 0 elsewhere."""
-        length, size, dp = self.recipe.data.sequence_length, self.recipe.batch.microbatch_samples, self.groups.dp
-        places, batches = self._deal(len(samples), size, dp.rank(), dp.size()), []
-        for rows in places:
+        data, deal, device = self.ready.data, self._deal, self.reference.device
+        microbatches = []
+        for rows in deal.microbatches(deal.num_microbatches(len(samples), round_of=self._round)):
             chosen = [samples[min(row, len(samples) - 1)] for row in rows]
-            batches.append(stack([self.data.sample_of(*one) for one in chosen]))
-        scores = self._step.nll_of(self.reference.chunks, batches, self._graph)
-        both = torch.zeros(2, len(samples), length, device=self.reference.device)
-        if not self.groups.is_last_stage:
-            return both[0].cpu(), both[1].cpu()
-        cp = self.groups.cp
-        positions = zigzag_slice(torch.arange(length)[None], cp.rank(), cp.size())[0].to(both.device)
-        for rows, batch, score in zip(places, batches, scores, strict=True):
-            mask = batch["loss_mask"].to(both.device)[:, positions].float()
-            for i, row in enumerate(rows):
-                if row < len(samples):  # the rest only fills the last round
-                    both[:, row, positions] = torch.stack([score[i], mask[i]])
-        dist.all_reduce(both, group=self.groups.dp_cp)  # each number with zeros: exact
-        return both[0].cpu(), both[1].cpu()
-
-    def _deal(self, count: int, size: int, rank: int, ranks: int) -> list[range]:
-        """Rows of each microbatch of this data-parallel rank; rows from `count` on only fill up."""
-        rounds = -(-count // self.round_samples) * (self.round_samples // (size * ranks))
-        return [range(start, start + size) for start in ((i * ranks + rank) * size for i in range(rounds))]
+            microbatches.append(stack([data.sample_of(*one) for one in chosen]))
+        scores = passes.nll(self.reference.chunks, microbatches, self.groups, merge=self._merge, graph=self._graph)
+        both = torch.zeros(2, len(samples), self.ready.recipe.data.sequence_length, device=device)
+        if self.groups.is_last_stage:
+            masks = [deal.cut(one.loss_mask.to(device)).float() for one in microbatches]
+            parts = [torch.stack(pair) for pair in zip(scores, masks, strict=True)]
+            deal.collect(parts, both, lambda x: dist.all_reduce(x, group=self.groups.dp_cp))
+        nll, mask = both.cpu()
+        return nll, mask
 
     def compare(self, cache: ScoreCache, samples: Sequence[SampleNumber]) -> ScoreError:
         """Error of stored scores, on every rank."""
-        steps, mask = self.score(samples)
-        stored = torch.from_numpy(np.stack([cache.steps(s, k).astype(np.int32) for s, k in samples]))
-        error = ((steps - stored).abs() * mask).double() / STEPS_PER_NAT
+        quanta, mask = self.score(samples)
+        stored = torch.from_numpy(np.stack([cache.quanta(s, k).astype(np.int32) for s, k in samples]))
+        error = ((quanta - stored).abs() * mask).double() / QUANTA_PER_NAT
         sums = torch.stack([error.sum(), mask.double().sum()]) * float(self.groups.counts_loss)
         largest = error.amax() * float(self.groups.counts_loss)
         sums, largest = sums.to(self.reference.device), largest.to(self.reference.device)

@@ -7,7 +7,8 @@ import torch
 from remit_megatron.config import Recipe
 from remit_megatron.mcore import datasets
 from remit_megatron.mcore.groups import Groups
-from remit_megatron.mcore.step import make_forward_step, run_schedule
+from remit_megatron.mcore.passes import run_schedule
+from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import NTP
 from remit_megatron.run.dealt import DealtSamples
 from remit_megatron.train.metrics import read, reduce_reports

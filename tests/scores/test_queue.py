@@ -14,7 +14,7 @@ from launch.scorers import devices
 from remit_megatron.config import parse_recipe
 from remit_megatron.data.files import locked
 from remit_megatron.errors import RemitError, UserError
-from remit_megatron.ops.score_steps import STEPS_PER_NAT
+from remit_megatron.ops.score_quanta import QUANTA_PER_NAT
 from remit_megatron.scores.cache import ScoreCache
 from remit_megatron.scores.manifest import CacheManifest
 from remit_megatron.scores.queue import (
@@ -53,7 +53,7 @@ def follow_and_train(
     from remit_megatron.mcore.platform import activate
     from remit_megatron.run.process import Process
     from remit_megatron.scores.follow import follow_on
-    from remit_megatron.train.loop import Trainer
+    from remit_megatron.train.loop import start
 
     activate("cpu")
     size = dist.get_world_size()
@@ -67,7 +67,7 @@ def follow_and_train(
 
         trainer = None
         try:
-            trainer = Trainer(parse_recipe(run), process)
+            trainer = start(parse_recipe(run), process)
             dist.barrier()
             destroy_groups()
             follow_on(parse_recipe(scorer).for_scorer(), process, finished)
@@ -132,7 +132,7 @@ def test_queued_is_online_in_any_layout(folder: Path) -> None:
     assert metrics(folder, "queued dp2 rounded") != metrics(folder, "queued dp2"), "rounding must show"
     for name, rounds in (("dp2 rounded", True), ("dp2", False)):
         records = pq.read_table(folder / f"queued {name}" / "tokens" / "step-00000005.parquet")
-        steps = records["ref_nll"].to_numpy() * STEPS_PER_NAT
+        steps = records["ref_nll"].to_numpy() * QUANTA_PER_NAT
         assert (steps == steps.round()).all() == rounds, "records have the scores that training used"
     cache = ScoreCache(kept, CacheManifest.read(kept, "x"))
     assert not cache.missing(), "what a scorer makes is kept as well"

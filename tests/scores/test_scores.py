@@ -183,15 +183,15 @@ class Weights(Around):
     """An objective that keeps the weight of each unmasked token, by step, sample and place in it."""
 
     def __init__(self, trainer: Any):
-        super().__init__(trainer.objective)
+        super().__init__(trainer.parts.objective)
         self.trainer = trainer
         self.seen: dict[tuple[int, int, int], float] = {}
 
     def __call__(self, stats: Any) -> Any:
-        weights = self.trainer.objective.weights(stats)
+        weights = self.trainer.parts.objective.weights(stats)
         for row, sample in enumerate(stats.sample_id.tolist()):
             for column, position in enumerate(stats.positions.tolist()):
-                key = (self.trainer.meta.step + 1, sample, position)
+                key = (self.trainer.step.progress.meta.step + 1, sample, position)
                 self.seen[key] = float(weights[row, column])
         return self.inner(stats)
 
@@ -203,14 +203,14 @@ def score_and_weigh(rank: int, job: Any, recipes: list[Any]) -> tuple[Any, list[
 
     from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.run.process import Process, StopSignals
-    from remit_megatron.train.loop import Trainer
+    from remit_megatron.train.loop import start
 
     outcome, size, found = score_all(rank, [job]), dist.get_world_size(), []
     process = Process(rank=rank, world_size=size, local_rank=rank, local_world_size=size, device=torch.device("cpu"))
     for recipe in recipes:
-        trainer = Trainer(parse_recipe(recipe), process)
+        trainer = start(parse_recipe(recipe), process)
         recorder = Weights(trainer)
-        trainer.forward_step.objective = recorder
+        trainer.step.forward_step.objective = recorder
         trainer.run(StopSignals())
         trainer.close()
         found.append(recorder.seen)
@@ -274,7 +274,7 @@ def test_write_through(folder: Path) -> None:
     assert ahead == [(0, "")]
     theirs = ScoreCache(other, CacheManifest.read(other, "x"))
     for number in range(total):
-        assert np.abs(cache.steps(0, number).astype(int) - theirs.steps(0, number)).max() <= 1
+        assert np.abs(cache.quanta(0, number).astype(int) - theirs.quanta(0, number)).max() <= 1
 
     for block in blocks_of(manifest):  # numbers that no model gives show where they are used
         constant = np.full((block.samples, SEQUENCE), 4096, dtype=np.int32)
