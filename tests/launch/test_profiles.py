@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.profiles import load_profile, shipped
+from launch.backends import open_backend
+from launch.profiles import shipped
 from remit_megatron.cli import main
 from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.errors import UserError
@@ -14,8 +15,8 @@ from tests.train.runs import make_data, settings
 def test_shipped_profiles_load() -> None:
     assert shipped() == ["gpu", "loopback", "pyxis"]
     for name in shipped():
-        assert load_profile(name).partition
-    container = load_profile("pyxis").container
+        assert open_backend(f"slurm:{name}").settings.partition
+    container = open_backend("slurm:pyxis").profile.container
     assert container is not None
     assert container.image.endswith(".sqsh")
 
@@ -23,17 +24,21 @@ def test_shipped_profiles_load() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("partitoin = 'x'", "unknown key partitoin, did you mean partition?"),
+        ("[slurm]\npartitoin = 'x'", "unknown key slurm.partitoin, did you mean partition?"),
+        ("partitoin = 'x'", "unknown key slurm.partitoin, did you mean partition?"),
+        ("[slrum]\npartition = 'x'", "unknown key slrum, did you mean slurm?"),
+        ("slurm = 'gpu'", "slurm: Input should be a valid dictionary"),
+        ("partition = 'x'\n[slurm]\npartition = 'y'", "partition stands at the top and in [slurm]"),
         ("[container]\nimage = 'x'\nmount = []", "unknown key container.mount, did you mean mounts?"),
         ("[container]\nmounts = []", "missing key container.image"),
         ("[environment]\nexport = ['A']", "unknown key environment.export, did you mean"),
         ("[environment]\npass = ['A B']", "environment.pass.0: String should match pattern"),
         ("[environment.set]\nHF_TOKEN = 'abc'", "environment.set.HF_TOKEN looks like a secret"),
-        ('partition = "x\\n#SBATCH --nodes=9"', "partition: String should match pattern"),
-        ("sbatch = ['nodes=9']", "sbatch.0: String should match pattern"),
+        ('[slurm]\npartition = "x\\n#SBATCH --nodes=9"', "slurm.partition: String should match pattern"),
+        ("[slurm]\nsbatch = ['nodes=9']", "slurm.sbatch.0: String should match pattern"),
         ("gpus_per_node = '8'", "gpus_per_node: Input should be a valid integer (got '8')"),
-        ("signal_lead_s = 3", "signal_lead_s: Input should be greater than or equal to 10 (got 3)"),
-        ("launcher = 'mpi'", "launcher: Input should be 'srun' or 'torchrun' (got 'mpi')"),
+        ("[slurm]\nsignal_lead_s = 3", "slurm.signal_lead_s: Input should be greater than or equal to 10 (got 3)"),
+        ("launcher = 'mpi'", "slurm.launcher: Input should be 'srun' or 'torchrun' (got 'mpi')"),
         ("partition = ", "no valid TOML"),
     ],
 )
@@ -41,7 +46,7 @@ def test_a_wrong_profile_is_named(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        load_profile(str(path))
+        open_backend(f"slurm:{path}")
     assert f"{path}" in str(error.value)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
@@ -51,7 +56,7 @@ def test_a_wrong_profile_is_named(text: str, says: str, tmp_path: Path) -> None:
 def test_what_is_no_secret(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("[environment.set]\nTOKENIZERS_PARALLELISM = 'false'\n")
-    assert load_profile(str(path)).environment.set == {"TOKENIZERS_PARALLELISM": "false"}
+    assert open_backend(f"docker:{path}").profile.environment.set == {"TOKENIZERS_PARALLELISM": "false"}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,7 @@ def test_what_is_no_secret(tmp_path: Path) -> None:
     [
         (
             ["--on", "slurm:nowhere", "--nproc", "2"],
-            "--on slurm:nowhere: no such profile; shipped: gpu, ",
+            "profile nowhere: no such profile; shipped: gpu, ",
         ),
         (["--on", "slurm:absent.toml"], "profile absent.toml: cannot be read"),
         (["--on", "slurm:loopback"], "--nproc is missing"),

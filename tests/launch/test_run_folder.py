@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import run_folder
-from launch.docker import docker_command
+from launch.backends.docker import docker_command
 from launch.profiles import Profile
 from remit_megatron.cli import main
 from remit_megatron.config import Recipe, dump_toml, load_recipe, parse_recipe
@@ -175,4 +175,4 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
 def test_no_container_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="neither docker nor podman is on this machine"):
-        docker_command(["train"], tmp_path, Profile(), 1)
+        docker_command(["train"], tmp_path, tmp_path, Profile(), 1)

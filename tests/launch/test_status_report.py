@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from launch import status
-from launch.status import end_of, read_events, report
+from launch.record import end_of, read_events
+from launch.status import report
 from remit_megatron.cli import main
 
 NOW = 1_800_000_000.0

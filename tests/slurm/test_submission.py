@@ -59,8 +59,8 @@ def test_the_pages_first_run(pair: int, cluster: Cluster, data: Path, tmp_path: 
     recipe = settings(Path("data"), "first", parallel={"tensor": 2}, evaluation={"every_steps": 0, "samples": 2})
     (folder / "recipe.toml").write_text(dump_toml(parse_recipe(recipe | {"run": "runs/first"})))
     shipped = tomllib.loads((SHIPPED / "loopback.toml").read_text())
-    filled_in = {"partition": f"pair{pair}", "tasks_per_node": 1, "shared_folders": [str(tmp_path)]}
-    (folder / "cluster.toml").write_text(profile_text(shipped | filled_in))
+    shipped["slurm"] |= {"partition": f"pair{pair}", "tasks_per_node": 1, "shared_folders": [str(tmp_path)]}
+    (folder / "cluster.toml").write_text(profile_text(shipped))
     said = []
     for words in commands("docs/clusters.md"):
         if words[0] != ".venv/bin/remit":
