@@ -152,6 +152,10 @@ class Run:
         except (OSError, ValueError):
             return 0
 
+    def saved(self) -> int:
+        """Step of the newest checkpoint."""
+        return int((self.folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
+
     def wait_for_step(self, step: int) -> None:
         self.wait(lambda: self.step() >= step, f"step {step} was not reached")
 
@@ -171,6 +175,21 @@ class Run:
         for log in sorted(self.folder.glob("logs/**/*.log")):
             texts += [f"--- {log}", *log.read_text(errors="replace").splitlines()[-25:]]
         return "\n".join(texts)
+
+
+def batch_script(job: str) -> int:
+    """Process id of the job's script."""
+    wanted = f"SLURM_JOB_ID={job}".encode()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "comm").read_text() == "slurm_script\n":
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                mine = wanted in (entry / "environ").read_bytes().split(b"\0")
+                if mine and (Path("/proc") / parent / "comm").read_text() == "slurmstepd\n":
+                    return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"job {job} has no script")
 
 
 def has_pending(pid: int, number: signal.Signals) -> bool:

@@ -319,6 +319,30 @@ def test_scorer_beside_a_run(
     assert {line["scored_online"] for line in lines} == {0}
 
 
+def test_a_scorer_with_a_mistake(
+    new_run: NewRun, cluster: Cluster, tmp_path: Path, undisturbed: Callable[[int], Any], shared: Path
+) -> None:
+    """Of one rank: the others are ended, and the job's code is that rank's, not theirs."""
+    undisturbed(2)
+    run = new_run(objective={"name": "remit"}, reference={"path": str(shared / "undisturbed-2"), "queue": {}})
+    (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(2)\n")
+    variables = {"REMIT_RECIPE": str(run.recipe), "REMIT_RUN": str(run.folder), "REMIT_PYTHON": sys.executable}
+    command = ["sbatch", "--parsable", "-p", f"pair{run.pair}", "--nodes=2", f"--output={tmp_path}/scorer.log"]
+    with cluster.node_setting(f"n{2 * run.pair + 1}", "PYTHONPATH", str(tmp_path)):
+        scorer = subprocess.run(
+            [*command, str(ROOT / "slurm" / "score.sbatch")],
+            env={**cluster.environment, **variables, "GLOO_SOCKET_IFNAME": "lo", **QUIET},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        cluster.wait(lambda: cluster.ended(scorer), "the scorer did not end")
+    said = (tmp_path / "scorer.log").read_text()
+    assert (cluster.job(scorer)["JobState"], cluster.job(scorer)["ExitCode"]) == ("FAILED", "2:0"), said
+    assert "task 0: Killed" in said or "task 0: Terminated" in said, "whose code would be 137 or 143"
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
