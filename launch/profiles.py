@@ -83,13 +83,14 @@ def load_profile(name: str, sections: Mapping[str, type[Section]]) -> tuple[Prof
     whole = create_model("WholeProfile", __base__=Profile, **fields)
     settings, moved = _sectioned(toml.read(path, "profile"), path)
     try:
-        profile = whole.model_validate(settings)
+        read = whole.model_validate(settings)
     except ValidationError as error:
         raise UserError(f"profile {path}: {toml.first_problem(error, whole)}") from None
-    _check_variables(profile.environment, path)
+    _check_variables(read.environment, path)
     if moved:
         print(f"remit: profile {path}: write {', '.join(moved)} under a line [{FLAT}]", file=sys.stderr, flush=True)
-    return profile, {section: getattr(profile, section) for section in sections}
+    profile = Profile.model_validate({name: getattr(read, name) for name in Profile.model_fields})
+    return profile, {section: getattr(read, section) for section in sections}
 
 
 def _sectioned(settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -68,6 +68,19 @@ def test_code_that_changed_since(recipe: Recipe, tmp_path: Path, monkeypatch: py
     assert json.loads(before.read_text())["commit"] == first
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"launched_unix_s": "now"}', '{"commit": 5}', '{"launched_unix_s": 1e300}']
+)
+def test_a_damaged_code_file_is_written_anew(text: str, recipe: Recipe) -> None:
+    run = Path(recipe.run)
+    run.mkdir(parents=True)
+    (run / "code.json").write_text(text)
+    remark = run_folder.prepare(run, recipe)[0]
+    assert remark.startswith(f"{run}/code.json: is damaged: ")
+    assert remark.endswith("; it is written anew")
+    assert "version" in json.loads((run / "code.json").read_text())
+
+
 def test_a_folder_that_nodes_do_not_share() -> None:
     for run in ("/tmp/run", "/dev/shm/run", "/var/tmp/a/run"):
         with pytest.raises(UserError, match=r"which 2 nodes do not share"):
@@ -170,6 +183,18 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         assert process.poll() is None, f"remit launch ended with {process.returncode}"
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_folder_with_a_colon_is_no_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bin_folder = engine(tmp_path / "bin", "docker")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(dump_toml(parse_recipe(settings(tmp_path, "a:b"))))
+    monkeypatch.setenv("PATH", f"{bin_folder}:/usr/bin:/bin")
+    assert main(["launch", str(recipe), "--on", "docker"]) == 2
+    assert f"{tmp_path}/a:b: a mount reads no path with a colon" in capsys.readouterr().err
+    assert not (tmp_path / "a:b").exists()
 
 
 def test_no_container_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from launch.backends.slurm.settings import seconds_of
 from launch.profiles import SHIPPED
 from remit_megatron.config import dump_toml, parse_recipe
 from tests.data_prep.tokenizers import TEXTS, save
+from tests.launch.test_profiles import NO_TIMES, TIMES
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import QUIET, ROOT, STEPS, Run, profile_text
 from tests.test_docs import commands
@@ -42,6 +44,20 @@ def test_dry_run(new_run: NewRun, tmp_path: Path) -> None:
     unheard = run.launch("--dry-run", variables={"SLURM_CONF": str(empty)}, expect=1)
     assert unheard.stderr.endswith("out of reach, so it has not judged the job: dry-run on a login node\n")
     assert not run.folder.exists()
+
+
+def test_a_time_limit_is_to_slurm_what_it_is_here(cluster: Cluster, pair: int) -> None:
+    """In whole minutes, upwards; and SLURM reads none of those that are refused here, but for its 0 without a limit."""
+    held = ["sbatch", "--parsable", "--hold", "-p", f"pair{pair}", "--output=/dev/null", "--wrap=true"]
+    for text, seconds in TIMES.items():
+        job = cluster.ask(*held, f"--time={text}")
+        said = cluster.job(job)["TimeLimit"]
+        cluster.run("scancel", job)
+        assert seconds_of(said) == 60 * -(-seconds // 60), text
+    for text in NO_TIMES:
+        command = [*held, "--test-only", f"--time={text}"]
+        accepted = subprocess.run(command, env=cluster.environment, capture_output=True).returncode == 0
+        assert accepted == (text in ("0", "00:00:00")), text
 
 
 def test_a_refused_submission_is_one_line(new_run: NewRun) -> None:
