@@ -3,10 +3,9 @@
 import os
 import shlex
 
-from launch import environment
+from launch import environment, local
 from launch.backends.base import Backend, Launch, Started
 from launch.command import remit
-from launch.local import run_local
 from launch.profiles import Section
 
 
@@ -24,7 +23,7 @@ class Local(Backend[Section]):
 
     def submit(self, launch: Launch) -> Started:
         os.environ.update(_variables(launch))
-        return Started(exit_code=run_local(remit(launch.train), launch.nproc or 1, listens=True))
+        return Started(exit_code=local.run_local(remit(launch.train), launch.nproc or 1, listens=True))
 
 
 def _variables(launch: Launch) -> dict[str, str]:

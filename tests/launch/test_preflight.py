@@ -175,7 +175,9 @@ def test_a_check_that_hangs_does_not_hang_the_preflight(
     assert codes == [87, 87]
     assert said == f"remit: preflight: {name}: rank {rank}'s checks do not end within {LIMIT_S} s\n"
     assert report == name
-    assert LIMIT_S <= json.loads((folder / "took.json").read_text())[fault] < 2 * LIMIT_S + 4
+    took_s = json.loads((folder / "took.json").read_text())
+    # The rest of it goes at the machine's own pace, as where nothing hangs.
+    assert LIMIT_S <= took_s[fault] < 2 * LIMIT_S + 4 + took_s["none"]
 
 
 def test_a_collective_that_hangs_does_not_hang_the_preflight(outcomes: Any) -> None:

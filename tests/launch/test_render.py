@@ -1,5 +1,7 @@
 """Job scripts: what is filled in arrives as it was given, and the rest is the template's."""
 
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -218,3 +220,34 @@ def test_half_a_chain_is_taken_back(tmp_path: Path) -> None:
     assert (tmp_path / "cancelled").read_text() == "1 2\n"
     assert len((tmp_path / "calls").read_text().splitlines()) == 3, "and the fourth is not tried"
     assert "--dependency=afterok:2 " in (tmp_path / "calls").read_text()
+
+
+# What srun 22.05 says of ranks of a step, and the code that it then returns; the last: the code of the ranks' own.
+ENDS = {
+    "alone": (["n1: task 1: Exited with exit code 2", "WAITED", "n0: task 0: Killed"], 137, 2),
+    "several": (
+        [
+            *("n0: tasks 0,3: Exited with exit code 1", "n1: task 6: Exited with exit code 75"),
+            *("WAITED", "n0: task 2: Killed", "n1: tasks 5,7: Killed"),
+        ],
+        137,
+        75,
+    ),
+    "crashed for it": (["n0: task 0: Exited with exit code 2", "n1: task 1: Aborted"], 134, 2),
+    "killed first": (["n1: task 1: Killed", "n0: task 0: Exited with exit code 1"], 137, 137),
+    "dumped first": (["n1: task 1: Segmentation fault (core dumped)", "WAITED", "n0: task 0: Killed"], 139, 139),
+    "hang at the end": (["WAITED", "n0: task 0: Killed"], 137, 137),
+    "well": ([], 0, 0),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_the_code_of_ranks_that_ended_by_themselves(case: str, tmp_path: Path) -> None:
+    said, returned, own = ENDS[case]
+    lines = [f"srun: error: {line}" if line != "WAITED" else "srun: First task exited 4s ago" for line in said]
+    (tmp_path / "srun.log").write_text("".join(f"{line}\n" for line in lines))
+    function = re.search(r"^own_code\(\) .*?^}$", (TEMPLATES / "train.sbatch").read_text(), re.DOTALL | re.MULTILINE)
+    assert function is not None
+    script = f"set -u; logs={shlex.quote(str(tmp_path))}\n{function[0]}\nown_code {returned}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == (f"{own}\n", "")

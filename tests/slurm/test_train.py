@@ -277,7 +277,7 @@ def test_crash_loop_ends(new_run: NewRun, cluster: Cluster) -> None:
 
 def test_a_hang(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
     """One rank stands still for good: the other says so, with its stacks, and the job starts again."""
-    run = new_run(watchdog={"step_timeout_s": 10})
+    run = new_run(watchdog={"step_timeout_s": 20})
     job = run.submit(profile={"exit_wait_s": 5})
     run.wait_for_step(9)
     os.kill(run.ranks(job)[1], signal.SIGSTOP)
