@@ -53,7 +53,9 @@ class _Told:
         return self.events[-1] if self.events else None
 
     def life(self) -> Life | None:
-        """Whether its processes are there, asked of the place where they should be."""
+        """Whether its processes are there: one holds the lock, or the place where they should be knows."""
+        if lock_is_held(self.run):
+            return Life.LIVES
         name = self.launched.backend if self.launched else None
         if name is None:  # started by hand, or by a version that did not write it down
             name = "slurm" if self.events or self.job or (self.run / "job.sbatch").exists() else "local"
