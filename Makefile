@@ -15,10 +15,10 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 smoke: setup
-	$(BIN)/python -m launch.smoke --out runs/smoke
+	$(BIN)/python -m examples.smoke --out runs/smoke
 
 docker-smoke:
-	launch/container_smoke.sh
+	examples/smoke/container.sh
 
 lint: setup
 	$(BIN)/ruff check .

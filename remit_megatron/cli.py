@@ -260,9 +260,10 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _start_ranks(command: list[str], nproc: int, *, listens: bool = False) -> int:
+    from launch.command import remit
     from launch.local import run_local
 
-    return run_local([sys.executable, "-m", "remit_megatron.cli", *command], nproc, listens=listens)
+    return run_local(remit(command), nproc, listens=listens)
 
 
 def _quiet_libraries() -> None:
