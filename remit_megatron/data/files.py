@@ -224,9 +224,11 @@ def locked(path: Path, busy: str | None = None, *, required: bool = True, remove
     """
     with _take(path, busy, required) as stream:
         lock = Lock(path, stream.fileno())
-        yield lock
-        if remove and lock.is_in_place():
-            path.unlink(missing_ok=True)
+        try:
+            yield lock
+        finally:
+            if remove and lock.is_in_place():
+                path.unlink(missing_ok=True)
 
 
 def _take(path: Path, busy: str | None, required: bool) -> IO[bytes]:

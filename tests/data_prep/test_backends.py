@@ -256,7 +256,7 @@ def test_whole_documents_have_a_lower_limit(
     manifest = tokenize(settings)
     assert (manifest.num_documents, manifest.provenance["bad"]) == (1, 1)
     said = capsys.readouterr().err
-    assert "1 pieces: gigatoken cannot load" in said
+    assert "3 pieces: gigatoken cannot load" in said
     assert "documents above 2 MiB are put aside, because it takes them whole: --max-document-mib" in said
     assert "longer than 2,097,152 bytes" in (tmp_path / "data.bad.jsonl").read_text()
     whole = tokenize(dataclasses.replace(settings, max_document_mib=3, overwrite=True))
