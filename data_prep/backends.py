@@ -2,15 +2,16 @@
 
 `tokenizers` defines what is right. gigatoken is 30 times faster and reproduces it for most byte-level and
 SentencePiece-style BPE; `choose_backend` uses it only after comparing both on the input itself, on the added tokens,
-and on characters of every kind.
+and on characters of every kind. Texts with a character on which they differ are left to `tokenizers`.
 """
 
 import functools
 import importlib.metadata
 import json
 import os
+import re
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -31,6 +32,10 @@ CHECK_CHARACTERS = 1 << 16
 HF_BATCH_BYTES = 1 << 20
 LARGE_BYTES = 1 << 22
 """Texts from this size on are encoded one by one, which needs half the memory of a batch."""
+
+CHARACTERS_AT_ONCE = 2048
+MAX_EXACT = 2000
+"""gigatoken is not used where it differs on more characters than these."""
 
 HOSTILE_TEXTS = (
     "",
@@ -207,28 +212,76 @@ def open_backend(name: str, file: TokenizerFile) -> Backend:
     return Gigatoken(file) if name == "gigatoken" else HuggingFace(file)
 
 
-def choose_backend(wanted: str, file: TokenizerFile, sample: Sequence[str]) -> tuple[str, str]:
-    """(backend, why) after comparing gigatoken with `tokenizers` on hostile texts and on a sample of the input.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The library that does the work."""
+
+    backend: str
+    why: str
+    exact: str = ""
+    """Characters on which gigatoken differs: texts with one of them are encoded by `tokenizers`."""
+
+
+def choose_backend(wanted: str, file: TokenizerFile, sample: Sequence[str]) -> Choice:
+    """Compare gigatoken with `tokenizers` on hostile texts, on characters and on a sample of the input.
 
     Raises UserError where `wanted` is gigatoken and it cannot be used.
     """
     if wanted == "tokenizers":
-        return "tokenizers", "asked for"
+        return Choice("tokenizers", "asked for")
     try:
-        difference = _difference_on_characters(file) or first_difference(file, sample)
+        difference, exact = _compare_on_characters(file)
+        found = holder(exact)
+        difference = difference or first_difference(file, [text for text in sample if not found(text)])
     except UserError as error:
-        difference = str(error)
+        difference, exact = str(error), ""
     if difference is None:
-        return "gigatoken", f"equal to tokenizers on {len(sample)} documents of the input and on the hostile texts"
+        apart = f"; texts with one of {len(exact)} rare characters go to tokenizers" if exact else ""
+        equal = f"equal to tokenizers on {len(sample)} documents of the input and on the hostile texts"
+        return Choice("gigatoken", equal + apart, exact)
     if wanted == "gigatoken":
         raise UserError(f"--backend gigatoken: {difference}; use --backend auto or tokenizers")
-    return "tokenizers", difference
+    return Choice("tokenizers", difference)
 
 
 @functools.lru_cache(maxsize=8)
-def _difference_on_characters(file: TokenizerFile) -> str | None:
-    """The part of the comparison that is the same for every input."""
-    return first_difference(file, [*HOSTILE_TEXTS, *added_token_texts(file), *character_texts()])
+def _compare_on_characters(file: TokenizerFile) -> tuple[str | None, str]:
+    """(the first difference that no list of characters avoids, characters to avoid), the same for every input."""
+    fast, right = Gigatoken(file), HuggingFace(file)
+    characters = hostile_characters()
+    exact = ""
+    for start in range(0, len(characters), CHARACTERS_AT_ONCE):
+        some = characters[start : start + CHARACTERS_AT_ONCE]
+        texts = [around(c) for c in some]
+        ids, right_ids = _encode_apart(fast, texts), _encode_apart(right, texts)
+        exact += "".join(c for c, a, b in zip(some, ids, right_ids, strict=True) if not np.array_equal(a, b))
+    # A normalizer joins characters, so what differs in one place may differ in others.
+    is_local = json.loads(file.content).get("normalizer") is None and len(exact) <= MAX_EXACT
+    avoided = set(exact) if is_local else set()
+    runs = "".join(c for c in characters if c not in avoided)
+    texts = [*HOSTILE_TEXTS, *added_token_texts(file), *(around(c) for c in exact if c not in avoided)]
+    texts += [runs[start : start + 1000] for start in range(0, len(runs), 1000)]
+    return first_difference(file, texts), exact if is_local else ""
+
+
+def _encode_apart(backend: Backend, texts: Sequence[str]) -> list[np.ndarray]:
+    ids, lengths = backend.encode(texts)
+    return np.split(ids, np.cumsum(lengths)[:-1])
+
+
+def holder(characters: str) -> Callable[[str | bytes], bool]:
+    """A function that tells whether a text (bytes: UTF-8) holds one of some characters."""
+    if not characters:
+        return lambda text: False
+    search = re.compile(f"[{re.escape(characters)}]").search
+    leads = {c.encode()[:2] for c in characters}
+
+    def holds(text: str | bytes) -> bool:
+        if isinstance(text, bytes):
+            return any(lead in text for lead in leads) and search(text.decode()) is not None
+        return not text.isascii() and search(text) is not None
+
+    return holds
 
 
 def first_difference(file: TokenizerFile, texts: Sequence[str]) -> str | None:
@@ -271,19 +324,22 @@ def added_token_texts(file: TokenizerFile) -> list[str]:
     return [f"a{token}b {token} \n{token}{token}" for token in sorted(file.added_tokens)[:200]]
 
 
-def character_texts() -> list[str]:
-    """Characters where two libraries' versions of Unicode may differ, beside what a split looks at.
-
-    All below U+20000 but surrogates and long runs of one kind (CJK, Hangul, private use), of which, as of what lies
-    above, every 31st: each bare, after a space, a letter, a digit and a sign, before a letter, and twice. With a
-    tokenizer of many merges a character of another class is another split there.
-    """
+def hostile_characters() -> str:
+    """Characters whose class differs between versions of Unicode, and more: all below U+20000 but surrogates and long
+    runs of one kind (CJK, Hangul, private use), of which, as of what lies above, every 31st is here."""
     kinds = ((1, 0x3440), (0x4DC0, 0x4E40), (0xA000, 0xAC40), (0xD7A4, 0xD800), (0xF900, 0x17040), (0x18D00, 0x20000))
     codes = set(chain.from_iterable(range(low, high) for low, high in kinds))
     codes.update(code for code in range(0, 0x40000, 31) if not 0xD800 <= code < 0xE000)
     codes.update((*range(0x2F800, 0x2FA20), *range(0xE0000, 0xE01F0), 0xF0000, 0x10FFFD))
-    text = [f"{c} {c}x{c}1{c}.{c}{c} a{c}\n" for c in map(chr, sorted(codes))]
-    return ["".join(text[start : start + 100]) for start in range(0, len(text), 100)]
+    return "".join(map(chr, sorted(codes)))
+
+
+def around(c: str) -> str:
+    """A character bare, after a space, a letter, a digit and a sign, before a letter and a line's end, and twice.
+
+    With a tokenizer of many merges, a character of another class is another split in one of these places.
+    """
+    return f"{c} {c}x{c}1{c}.{c}{c} a{c}\n"
 
 
 def limit_threads() -> None:

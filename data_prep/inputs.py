@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.folders import (
+    NOWHERE,
     SPECIAL,
     SUFFIXES,
     UNKNOWN,
@@ -214,7 +215,11 @@ def _expand(name: str) -> list[Entry]:
                     f"{quote(name)}: no such file, folder or match; a dataset on the hub is written "
                     "hf:NAME[@CONFIG][:SPLIT]"
                 )
-            return [entry for match in matches for entry in _expand(match)]
+            return [
+                entry
+                for match in matches
+                for entry in (_expand(match) if os.path.exists(match) else [Entry(Path(match), NOWHERE)])
+            ]
     except (OSError, ValueError) as error:
         raise UserError(f"{quote(name)}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not path.is_dir():

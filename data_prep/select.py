@@ -112,8 +112,8 @@ def _mean_nll(path: Path, indexed: IndexedTokens, manifest: Manifest) -> tuple[n
     """(mean NLL of each document [documents] float64, whether the scores name this dataset)."""
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable .npy of scores: {error}") from None
+    except Exception as error:  # noqa: BLE001 - numpy evaluates the header as Python, and raises what that raises
+        raise UserError(f"{quote(str(path))}: no readable .npy of scores: {quote(str(error))}") from None
     if values.dtype.kind != "f" or values.ndim != 1 or len(values) not in (indexed.num_documents, indexed.num_tokens):
         raise UserError(
             f"{path}: {values.dtype} of shape {values.shape}; floats for each of {indexed.num_documents} documents or "

@@ -256,15 +256,20 @@ def _make_plan(
     if vocab_size < file.vocab_size:
         raise UserError(f"--vocab-size {vocab_size} is smaller than the {file.vocab_size} ids of {file.path}")
     asked = settings.max_document_mib or DOCUMENT_MIB
-    backend, why = choose_backend(settings.backend, file, _sample(tasks, settings.text_key, asked << 20))
-    mib = asked
-    if settings.max_document_mib is None and backend == "tokenizers" and not safe_to_cut(file, HuggingFace(file)):
+    choice = choose_backend(settings.backend, file, _sample(tasks, settings.text_key, asked << 20))
+    mib, why = asked, choice.why
+    if (
+        settings.max_document_mib is None
+        and choice.backend == "tokenizers"
+        and not safe_to_cut(file, HuggingFace(file))
+    ):
         mib = WHOLE_DOCUMENT_MIB
         why += f"; documents above {mib} MiB are put aside, because it takes them whole: --max-document-mib"
     job = Job(
         folder=folder,
         tokenizer=file,
-        backend=backend,
+        backend=choice.backend,
+        exact=choice.exact,
         vocab_size=vocab_size,
         eod_id=wanted["eod_id"],
         text_key=settings.text_key,
@@ -272,7 +277,7 @@ def _make_plan(
         max_bad=settings.max_bad,
         part_bytes=settings.part_bytes,
     )
-    version = backend_version(backend)
+    version = backend_version(choice.backend)
     left_out, _ = count_left_out([entry for entry in found.left_out if entry.left_out in OF_THE_CORPUS])
     own = ("command", "inputs", "text_key", "max_document_mib", "shard", "piece_bytes")
     provenance = {**{name: wanted[name] for name in own}, "left_out": left_out, "backend": version}

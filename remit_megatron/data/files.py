@@ -222,7 +222,13 @@ def locked(path: Path, busy: str | None = None, *, required: bool = True, remove
     required: raise NoLocks on a file system without locks; otherwise go on without.
     remove: delete the file in the end, while it is locked; without, it stays for the next one.
     """
-    with _take(path, busy, required) as stream:
+    try:
+        stream = _take(path, busy, required)
+    except NoLocks:
+        if remove:
+            path.unlink(missing_ok=True)
+        raise
+    with stream:
         lock = Lock(path, stream.fileno())
         try:
             yield lock

@@ -185,8 +185,8 @@ def test_folders_globs_and_order(tmp_path: Path, tokenizer_dirs: dict[str, Path]
     (tmp_path / "in" / "readme.rst").write_text("not data")
     run(tmp_path / "in" / "**" / "*.jsonl*", tokenizer_dirs["olmo2"], tmp_path / "glob")
     assert our_files(tmp_path / "folder") == our_files(tmp_path / "glob") == our_files(plain[1])
+    twice = [tmp_path / "in", tmp_path / "in" / "a.jsonl"]
     with pytest.raises(UserError, match="named twice"):
-        twice = [tmp_path / "in", tmp_path / "in" / "a.jsonl"]
         run(twice, tokenizer_dirs["olmo2"], tmp_path / "twice", skip_unknown=True)
     for name, message in (("*.none", "no such file"), ("readme.rst", "of an ending that is not read")):
         with pytest.raises(UserError, match=message):
