@@ -15,7 +15,15 @@ import pytest
 import zstandard
 
 from data_prep import backends, worker
-from data_prep.backends import HOSTILE_TEXTS, Gigatoken, HuggingFace, TokenizerFile, choose_backend, first_difference
+from data_prep.backends import (
+    HOSTILE_TEXTS,
+    Choice,
+    Gigatoken,
+    HuggingFace,
+    TokenizerFile,
+    choose_backend,
+    first_difference,
+)
 from data_prep.cuts import pieces, safe_to_cut
 from data_prep.tokenize import TokenizeSettings, tokenize
 from remit_megatron.data.indexed import open_index
@@ -29,10 +37,10 @@ BLOCK = "def f(x):\n    return 'caf\u00e9 \U0001f600' + str(x) * 12"
 @pytest.mark.parametrize("kind", KINDS)
 def test_choice(kind: str, tokenizer_dirs: dict[str, Path]) -> None:
     file = TokenizerFile.load(tokenizer_dirs[kind])
-    backend, why = choose_backend("auto", file, ["hello"])
-    assert backend == {"youtu": "tokenizers", "nfc": "tokenizers"}.get(kind, "gigatoken")
-    assert {"youtu": "cannot load", "nfc": "differs from tokenizers on"}.get(kind, "equal to tokenizers") in why
-    assert choose_backend("tokenizers", file, []) == ("tokenizers", "asked for")
+    choice = choose_backend("auto", file, ["hello"])
+    assert choice.backend == {"youtu": "tokenizers", "nfc": "tokenizers"}.get(kind, "gigatoken")
+    assert {"youtu": "cannot load", "nfc": "differs from tokenizers on"}.get(kind, "equal to tokenizers") in choice.why
+    assert choose_backend("tokenizers", file, []) == Choice("tokenizers", "asked for")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "olmo2", "smollm3", "sentencepiece"])
@@ -66,9 +74,9 @@ def test_mismatch_in_the_sample_is_refused(tokenizer_dirs: dict[str, Path], monk
     assert first_difference(file, [*TEXTS, "a zebra"]) is None
     monkeypatch.setattr(backends, "Gigatoken", lambda file: Wrong(right(file)))
     assert first_difference(file, ["a zebra"]) is not None
-    backend, why = choose_backend("auto", file, ["zebra crossing"] * 3)
-    assert backend == "tokenizers"
-    assert "differs from tokenizers on 'zebra crossing' at token 0" in why
+    choice = choose_backend("auto", file, ["zebra crossing"] * 3)
+    assert choice.backend == "tokenizers"
+    assert "differs from tokenizers on 'zebra crossing' at token 0" in choice.why
 
 
 @pytest.mark.parametrize("every", [1, 7])
@@ -256,7 +264,7 @@ def test_whole_documents_have_a_lower_limit(
     manifest = tokenize(settings)
     assert (manifest.num_documents, manifest.provenance["bad"]) == (1, 1)
     said = capsys.readouterr().err
-    assert "1 pieces: gigatoken cannot load" in said
+    assert "3 pieces: gigatoken cannot load" in said
     assert "documents above 2 MiB are put aside, because it takes them whole: --max-document-mib" in said
     assert "longer than 2,097,152 bytes" in (tmp_path / "data.bad.jsonl").read_text()
     whole = tokenize(dataclasses.replace(settings, max_document_mib=3, overwrite=True))
