@@ -17,7 +17,7 @@ from torch import Tensor
 from remit_megatron.data.microbatch import LocalMicrobatch, Microbatch, Scores
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import passes
-from remit_megatron.mcore._former import Former, convert, run_schedule
+from remit_megatron.mcore.attention import SDPAttention
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups, current_groups
 from remit_megatron.mcore.heads import BySequence, Distilling
@@ -26,8 +26,6 @@ from remit_megatron.mcore.passes import LossFunction, Report, run_model, schedul
 from remit_megatron.mcore.teacher import FrozenReference, has_scores
 from remit_megatron.objectives import LossSum, Need, Objective, TokenStats, check_by_sample
 from remit_megatron.ops.selection import top_share_of_all
-
-__all__ = ["ForwardStep", "make_forward_step", "run_schedule", "unwrap"]
 
 Batch = Microbatch | Mapping[str, Any]
 """A microbatch, or the plain dict of a script of one's own, which `Microbatch.from_dict` reads."""
@@ -61,7 +59,7 @@ def make_forward_step(
     return ForwardStep(objective, frozen, groups, sequence_length)
 
 
-class ForwardStep(Former):
+class ForwardStep:
     """Called by the schedule as `forward_step(data_iterator, model)`; see `make_forward_step`."""
 
     def __init__(
@@ -88,7 +86,7 @@ class ForwardStep(Former):
     def microbatch(self, batch: Batch) -> Microbatch:
         """The one place where a plain dict is taken. Raises UserError for a batch that cannot be what it should."""
         if not isinstance(batch, Microbatch):
-            batch = convert(self, dict(batch))
+            batch = Microbatch.from_dict(batch, self._deal)
         if self.sequence_length not in (None, batch.length):
             raise UserError(
                 f"the batch has {batch.length} positions, and whole samples have sequence_length = "
@@ -131,7 +129,7 @@ class ForwardStep(Former):
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, LossFunction]:
         given, hook = next(data_iterator), passes.checked(model, self.groups)
         microbatch = self.microbatch(given)
-        _check_positions(microbatch, hook)
+        _check_batch(microbatch, hook)
         if self.groups.is_last_stage:
             microbatch = self._complete(microbatch)
         local = microbatch.local(self._deal, hook.device_of_weights())
@@ -208,15 +206,23 @@ class ForwardStep(Former):
         return microbatch.local(self._deal, unwrap(model).device_of_weights())
 
 
-def _check_positions(microbatch: Microbatch, hook: RemitGPTModel) -> None:
-    """Raises UserError for positions that the model would train without. Waits for the device where any are given."""
+def _check_batch(microbatch: Microbatch, hook: RemitGPTModel) -> None:
+    """Raises UserError for what the model would train without. Waits for the device where position_ids are given."""
+    if microbatch.documents is not None:
+        for layer in hook.decoder.layers:
+            core = layer.self_attention.core_attention
+            if not isinstance(core, SDPAttention):
+                raise UserError(
+                    f"the batch has `documents`, which the layers' core attention {type(core).__name__} does not read: "
+                    "build them with remit_megatron.mcore.attention.SDPAttention, or leave `documents` out"
+                )
     given, kind = microbatch.position_ids, hook.position_embedding_type
     if given is None or kind in ("learned_absolute", "mrope"):
         return
     if not torch.equal(given, torch.arange(microbatch.length, device=given.device).expand_as(given)):
         raise UserError(
-            f"the batch's 'position_ids' are not 0..s-1, and position_embedding_type = '{kind}' does not read them: leave "
-            "them out (GPTDatasetConfig.reset_position_ids = False), and give `documents` for attention inside documents"
+            f"the batch's 'position_ids' are not 0..s-1, and position_embedding_type = '{kind}' does not read them: "
+            "leave them out (GPTDatasetConfig.reset_position_ids = False); `documents` keep attention inside documents"
         )
 
 
