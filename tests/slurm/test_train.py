@@ -125,7 +125,9 @@ def test_preemption_without_grace(new_run: NewRun, cluster: Cluster, undisturbed
     end = run.wait_for_end(job)
     run.wait(lambda: cluster.job(urgent)["JobState"] == "COMPLETED", "the urgent job did not run")
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
-    assert run.names() == ["start", "preempted", "start", "end"], run.story()
+    # SLURM kills the script ten seconds later: on a slow machine it is the next start that says so.
+    assert run.names() in (["start", name, "start", "end"] for name in ("preempted", "requeue")), run.story()
+    assert run.events[1].detail == "SLURM has queued the job again"
     check_done(run, undisturbed(2))
 
 
