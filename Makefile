@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup smoke docker-smoke test test-slow fuzz test-slurm test-image lint bench bench-gpu clean
+.PHONY: setup smoke docker-smoke test test-slow fuzz test-slurm test-image golden lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,11 @@ test-slurm: setup
 test-image: setup
 	bash tests/packages.sh "buildah debootstrap" buildah debootstrap || true  # the test says why it is skipped
 	$(BIN)/python -m pytest -rs -m image tests/image
+
+# The same short runs by a revision and by the working tree, compared bit for bit: make golden BASE=HEAD~3
+golden: setup
+	rm -rf build/golden && git worktree prune && git worktree add --detach build/golden $(BASE)
+	$(BIN)/python -m tests.golden build/golden . ; code=$$?; git worktree remove --force build/golden; exit $$code
 
 bench: setup
 	$(BIN)/python -m benchmarks.step --output benchmarks/results/step-$$(hostname -s).json
