@@ -277,3 +277,55 @@ def test_workers_do_without_torch() -> None:
     code = "import sys, data_prep.cli, data_prep.worker, data_prep.tokenize; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_cache_of_words_is_bounded(tokenizer_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """gigatoken keeps every word it has seen; it begins anew, with the same ids, when that has taken enough memory."""
+    monkeypatch.setattr(backends, "CACHE_BYTES", 8 << 20)
+    monkeypatch.setattr(backends, "LOOK_BYTES", 1 << 18)
+    file = TokenizerFile.load(tokenizer_dirs["olmo2"])
+    bounded, whole, begins = Gigatoken(file), Gigatoken(file), []
+    begin = bounded._begin
+    monkeypatch.setattr(bounded, "_begin", lambda: (begins.append(1), begin()))
+    monkeypatch.setattr(whole, "_bound_cache", lambda texts: None)
+    generator = random.Random(0)
+    texts = [" ".join("".join(generator.choices("abcdefgh", k=9)) for _ in range(200)) for _ in range(1500)]
+    ids = [bounded.encode(texts[start : start + 50])[0] for start in range(0, len(texts), 50)]
+    assert begins
+    assert np.array_equal(np.concatenate(ids), whole.encode(texts)[0])
+
+
+def with_spaces_before_rare_characters(folder: Path, output: Path) -> Path:
+    """The tokenizer with a merge of a space and the first byte of four, as large vocabularies have it."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    byte = "\u00f0"  # as ByteLevel writes F0
+    content["model"]["vocab"]["\u0120" + byte] = max(content["model"]["vocab"].values()) + 1
+    content["model"]["merges"].append(["\u0120", byte])
+    output.mkdir()
+    (output / "tokenizer.json").write_text(json.dumps(content))
+    return output
+
+
+def test_characters_on_which_the_libraries_differ(
+    tmp_path: Path, tokenizer_dirs: dict[str, Path], write_jsonl: Callable[..., Path]
+) -> None:
+    """Digits that only a newer Unicode knows, after a space: their documents get the ids of `tokenizers`."""
+    folder = with_spaces_before_rare_characters(tokenizer_dirs["olmo2"], tmp_path / "tokenizer")
+    file = TokenizerFile.load(folder)
+    choice = choose_backend("auto", file, ["hello"])
+    if not choice.exact:
+        pytest.skip("these versions of gigatoken and tokenizers know the same Unicode")
+    assert choice.backend == "gigatoken"
+    assert len(choice.exact) < 1000
+    texts = ["plain words", *(f"a {c} b" for c in choice.exact), "caf\u00e9", *(f"1 {c}{c}" for c in choice.exact)]
+    fast, right = Gigatoken(file), HuggingFace(file)
+    assert not np.array_equal(fast.encode(texts)[0], right.encode(texts)[0]), "they differ, or nothing is shown"
+    path = write_jsonl(tmp_path / "in.jsonl", texts)
+    manifest = tokenize(
+        TokenizeSettings(inputs=[str(path)], tokenizer=str(folder), output=str(tmp_path / "data"), workers=1)
+    )
+    assert manifest.provenance["backend"].startswith("gigatoken")
+    assert np.array_equal(open_index(tmp_path / "data").tokens, right.encode(texts)[0])
+    holds = backends.holder(choice.exact)
+    for text in (*texts, "", "plain"):
+        assert holds(text) == holds(text.encode()) == any(c in text for c in choice.exact)

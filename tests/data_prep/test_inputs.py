@@ -156,6 +156,58 @@ def test_parquet_refusals(tmp_path: Path, texts_of: Callable[..., list[str]]) ->
         texts_of(path)
 
 
+def test_parquet_page_checksums(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    """Written, and so looked at: a flipped bit in a page is no other text."""
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"document number {n} of some length" for n in range(50)]})
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    assert len(texts_of(path)) == 50
+    whole = path.read_bytes()
+    where = whole.index(b"number 30") + 7
+    path.write_bytes(whole[:where] + bytes([whole[where] ^ 1]) + whole[where + 1 :])
+    with pytest.raises(UserError, match=r"a.parquet: row group 0 is damaged \(.*CRC"):
+        texts_of(path)
+
+
+def test_two_columns_of_one_name(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: 2 columns are called 'text': rename all but one"):
+        texts_of(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "zstd"])
+def test_damaged_archives(ending: str, tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    """Of 0 bytes, or with a flipped bit of its content: one line that names it, and no work folder without tokens."""
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="an archive of 0 bytes"):
+        texts_of(path)
+    content = lines([f"text {n}" for n in range(200)])
+    whole = (
+        gzip.compress(content) if ending == "gz" else zstandard.ZstdCompressor(write_checksum=True).compress(content)
+    )
+    for place in range(12, len(whole), len(whole) // 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"a.jsonl.\w+: damaged or cut short"):
+            texts_of(path)
+        assert list((tmp_path / "output").iterdir()) == []
+    path.write_bytes(whole)
+    assert len(texts_of(path)) == 200
+
+
+def test_names_of_outputs(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """The longest that every file of a dataset can have, and one more, before anything is read."""
+    (tmp_path / "a.jsonl").write_bytes(lines(["x"]))
+    settings = TokenizeSettings(
+        inputs=[str(tmp_path / "a.jsonl")], tokenizer=str(tokenizer_dirs["olmo2"]), output=str(tmp_path / ("o" * 241)),
+        workers=1,
+    )  # fmt: skip
+    assert tokenize(settings).num_documents == 1
+    with pytest.raises(UserError, match="a name of 242 bytes; 241 are possible"):
+        tokenize(dataclasses.replace(settings, output=settings.output + "o"))
+
+
 def test_saved_dataset_without_rows_or_text(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
     import datasets
 

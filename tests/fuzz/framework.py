@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +142,7 @@ def _command(target: Target, folder: Path) -> tuple[int, str]:
             output = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
             os.dup2(output, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             os.chdir(folder)
             code = main(list(target.command))
         except SystemExit as error:
@@ -148,6 +150,7 @@ def _command(target: Target, folder: Path) -> tuple[int, str]:
         except BaseException:  # noqa: BLE001 - as the interpreter prints it
             traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
     deadline = time.monotonic() + TIMEOUT_S
     while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
