@@ -33,10 +33,9 @@ class _Layer:
     attention_norm: Tensor | None
     """Of a family that norms a block's output. None: its input is normed, and the weight is in qkv."""
     mlp_norm: Tensor | None
-    cos_THD: Tensor
-    """[T, H + G, D]: what a head is multiplied by, the weight of its norm and the scale of the attention included."""
-    sin_THD: Tensor | None
-    """The same for the head with its halves exchanged; the sign of the half is in it. None: no rotation."""
+    turn_2THD: Tensor
+    """[2, T, H + G, D]: what a head is multiplied by, and the same with its halves exchanged: cos and sin, which has
+    the sign of its half, the weight of the head's norm and the scale of the attention."""
 
 
 class CachedDecoder:
@@ -131,10 +130,12 @@ class _State:
         self.embedding = model.embed_tokens.weight
         self.head = decoder.model.lm_head.weight * model.norm.weight
         self.eps = torch.tensor(decoder.eps)
+        # One look-up a step serves all layers: [T, L, 2, H + G, D].
+        self.turns_TL2HD = torch.stack([layer.turn_2THD for layer in self.layers]).permute(2, 0, 1, 3, 4).contiguous()
         padding_BT = torch.arange(self.room) < self.padding_B[:, None]
         self.bias_BT = torch.zeros(padding_BT.shape).masked_fill_(padding_BT, float("-inf"))
-        shape = (len(self.layers), len(lengths_B), decoder.groups, self.room, decoder.width)
-        self.keys_LBGTD, self.values_LBGTD = torch.zeros(shape), torch.zeros(shape)
+        shape = (2, len(self.layers), len(lengths_B), decoder.groups, self.room, decoder.width)
+        self._put_cache(torch.zeros(shape))
 
     def _read_layer(self, layer: Any, cos_TD: Tensor, sin_TD: Tensor) -> _Layer:
         attention, mlp, decoder = layer.self_attn, layer.mlp, self.decoder
@@ -150,7 +151,8 @@ class _State:
         exchanged_HD = scale_HD.roll(width // 2, -1)
         for scale in (scale_HD, exchanged_HD):
             scale[:heads] *= width**-0.5
-        rotates = bool(getattr(attention, "use_rope", True))
+        if not getattr(attention, "use_rope", True):
+            cos_TD, sin_TD = torch.ones_like(cos_TD), torch.zeros_like(sin_TD)
         return _Layer(
             qkv=qkv.t().contiguous(),
             out=attention.o_proj.weight.t(),
@@ -158,17 +160,20 @@ class _State:
             down=mlp.down_proj.weight.t(),
             attention_norm=layer.post_attention_layernorm.weight if decoder.norms_output else None,
             mlp_norm=layer.post_feedforward_layernorm.weight if decoder.norms_output else None,
-            cos_THD=cos_TD[:, None] * scale_HD if rotates else scale_HD.expand(self.room, -1, -1),
-            sin_THD=sin_TD[:, None] * exchanged_HD if rotates else None,
+            turn_2THD=torch.stack([cos_TD[:, None] * scale_HD, sin_TD[:, None] * exchanged_HD]),
         )
+
+    def _put_cache(self, cache_2LBGTD: Tensor) -> None:
+        """Keys and values, and the view of each layer's that is multiplied with, [B x G, T, D]."""
+        self.cache_2LBGTD = cache_2LBGTD
+        self.keys, self.values = (list(part.flatten(1, 2).unbind()) for part in cache_2LBGTD.unbind())
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order; one may be kept several times."""
-        for name in ("keys_LBGTD", "values_LBGTD"):
-            old = getattr(self, name)
-            new = torch.empty(old.size(0), len(rows), *old.shape[2:])
-            new[:, :, :, : self.length] = old[:, :, :, : self.length][:, rows]
-            setattr(self, name, new)
+        old = self.cache_2LBGTD
+        new = torch.empty(*old.shape[:2], len(rows), *old.shape[3:])
+        new[..., : self.length, :] = old[..., : self.length, :][:, :, rows]
+        self._put_cache(new)
         self.bias_BT, self.padding_B = self.bias_BT[rows], self.padding_B[rows]
 
     def advance(self, tokens_BS: Tensor) -> Tensor:
@@ -176,11 +181,11 @@ class _State:
         size, steps = tokens_BS.shape
         until = self.length + steps
         position_BS = (torch.arange(self.length, until) - self.padding_B[:, None]).clamp_min_(0)
-        place_N = position_BS.flatten()
+        turns = self.turns_TL2HD[position_BS.flatten()].unbind(1)
         bias = self._bias(steps, until)
         x = self.embedding[tokens_BS.flatten()]
         for number, layer in enumerate(self.layers):
-            mixed = self._attend(number, layer, x, place_N, bias, size)
+            mixed = self._attend(number, layer, x, turns[number], bias, size)
             if layer.attention_norm is None:
                 x = torch.addmm(x, mixed, layer.out)
                 x = torch.addmm(x, self._gated(layer, x * self._inverse_rms(x)), layer.down)
@@ -205,31 +210,45 @@ class _State:
         per_group = self.decoder.heads // groups
         return bias[:, None, :, None].expand(-1, groups, -1, per_group, -1).reshape(-1, steps * per_group, until)
 
-    def _attend(self, number: int, layer: _Layer, x: Tensor, place_N: Tensor, bias: Tensor, size: int) -> Tensor:
+    def _attend(self, number: int, layer: _Layer, x: Tensor, turn_N2HD: Tensor, bias: Tensor, size: int) -> Tensor:
         """What the heads gather, [N, H x D]."""
         heads, groups, width = self.decoder.heads, self.decoder.groups, self.decoder.width
-        steps, both = len(x) // size, (heads + groups) * width
+        steps, both = len(x) // size, heads + groups
         until = self.length + steps
         if layer.attention_norm is None:
-            qkv = torch.mm(x * self._inverse_rms(x), layer.qkv)
-            qk = qkv[:, :both]
+            qkv = torch.mm(x * self._inverse_rms(x), layer.qkv).view(-1, both + groups, width)
+            qk, v = qkv[:, :both], qkv[:, both:]
         else:
-            qkv = torch.mm(x, layer.qkv)
-            q, k = qkv[:, : heads * width], qkv[:, heads * width : both]
-            qk = torch.cat([q * self._inverse_rms(q), k * self._inverse_rms(k)], -1)
-        qk = qk.view(-1, heads + groups, width)
-        turned = qk * layer.cos_THD[place_N]
-        if layer.sin_THD is not None:
-            exchanged = qk.view(-1, heads + groups, 2, width // 2).flip(-2).view_as(qk)
-            turned.addcmul_(exchanged, layer.sin_THD[place_N])
-        keys, values = self.keys_LBGTD[number], self.values_LBGTD[number]
-        keys[:, :, self.length : until] = turned[:, heads:].view(size, steps, groups, width).transpose(1, 2)
-        values[:, :, self.length : until] = qkv[:, both:].view(size, steps, groups, width).transpose(1, 2)
-        # Rows of a group's matrix: its query heads, for each new token.
-        query = turned[:, :heads].view(size, steps, groups, -1, width).transpose(1, 2).reshape(size * groups, -1, width)
-        scores = torch.baddbmm(bias, query, keys.flatten(0, 1)[:, :until].transpose(1, 2))
-        mixed = torch.bmm(torch.softmax(scores, -1), values.flatten(0, 1)[:, :until])
-        return mixed.view(size, groups, steps, -1, width).transpose(1, 2).reshape(len(x), heads * width)
+            qk, v = torch.mm(x, layer.qkv).view(-1, both + groups, width).split([both, groups], 1)
+            qk = self._norm_heads(qk)
+        cos, sin = turn_N2HD.unbind(1)
+        exchanged = qk.unflatten(-1, (2, width // 2)).flip(-2).view(-1, both, width)
+        turned = torch.mul(qk, cos).addcmul_(exchanged, sin)
+        keys, values = self.keys[number], self.values[number]
+        if steps == 1:
+            # Rows of a group's matrix are its query heads.
+            keys[:, self.length] = turned[:, heads:].reshape(-1, width)
+            values[:, self.length] = v.reshape(-1, width)
+            query = turned[:, :heads].reshape(size * groups, -1, width)
+        else:
+            # For each new token.
+            keys[:, self.length : until] = _by_group(turned[:, heads:], size, groups)
+            values[:, self.length : until] = _by_group(v, size, groups)
+            query = _by_group(turned[:, :heads], size, groups)
+        scores = torch.baddbmm(bias, query, keys[:, :until].transpose(1, 2))
+        mixed = torch.bmm(torch.softmax(scores, -1), values[:, :until])
+        if steps > 1:
+            mixed = mixed.view(size, groups, steps, -1, width).transpose(1, 2)
+        return mixed.reshape(-1, heads * width)
+
+    def _norm_heads(self, qk: Tensor) -> Tensor:
+        """Query and key of each row, each divided by its root mean square over all heads, [N, H + G, D]."""
+        heads, groups = self.decoder.heads, self.decoder.groups
+        if heads == groups:
+            both = qk.reshape(len(qk), 2, -1)
+            return (both * self._inverse_rms(both)).view_as(qk)
+        q, k = (part.flatten(1) for part in qk.split([heads, groups], 1))
+        return torch.cat([q * self._inverse_rms(q), k * self._inverse_rms(k)], -1).view_as(qk)
 
     def _gated(self, layer: _Layer, x: Tensor) -> Tensor:
         gate, up = torch.mm(x, layer.gate_up).chunk(2, -1)
@@ -239,6 +258,13 @@ class _State:
         """[N, 1]"""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return torch.addcmul(self.eps, norm, norm, value=1 / x.size(-1)).rsqrt_()
+
+
+def _by_group(rows: Tensor, size: int, groups: int) -> Tensor:
+    """[N, heads, D] to [B x G, S x heads a group, D]."""
+    width = rows.size(-1)
+    by_head = rows.reshape(size, -1, groups, rows.size(1) // groups, width)
+    return by_head.transpose(1, 2).reshape(size * groups, -1, width)
 
 
 def _rotary_table(rotary: Any, room: int, width: int) -> tuple[Tensor, Tensor]:
