@@ -13,7 +13,8 @@ from remit_megatron.posttrain import data, verifiers
 from remit_megatron.posttrain.contract import StageSpec
 from remit_megatron.posttrain.tokens import ChatTokenizer, check_length, prompt_ids
 
-WRONG_ANSWERS = ("", "no idea")
+TRIED = ("no idea", "yes", "Well, it is 7.")
+"""Answers that are not all right for anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +104,14 @@ def _rl(spec: StageSpec, given: Path) -> Prepared:
             {"prompt": problem.prompt, "verifier": verifier.name, "ground_truth": json.dumps(problem.ground_truth)}
         )
     if not tells_apart:
-        raise UserError(f"{first} and all others: the reward is constant: right and wrong answers earn the same")
+        raise UserError(f"{first} and all others: the reward is constant: any answer earns it")
     return prepared
 
 
 def _tells_apart(where: str, verifier: verifiers.Verifier, truth: Any) -> bool:
-    """Whether some wrong answer earns less than the right one. Raises UserError where the right one is refused."""
+    """Whether some answer earns less than the right one. Raises UserError where the right one is refused."""
     right = verifier.right_answer(truth)
     best = 1.0 if right is None else verifier.score(right, truth)
     if best < 1.0:
         raise UserError(f"{where}: verifier '{verifier.name}' refuses its own right answer, {right!r}")
-    return any(verifier.score(text, truth) < best for text in WRONG_ANSWERS)
+    return any(verifier.score(text, truth) < best for text in TRIED)
