@@ -80,6 +80,8 @@ class Optimizer(Section):
     """Of the computation; weights and moments are kept in float32 in both cases."""
     recompute: bool = False
     """Gradient checkpointing."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """Rows that are longer than the limit below: none is ever cut."""
 
     @model_validator(mode="after")
     def _schedule(self) -> "Optimizer":

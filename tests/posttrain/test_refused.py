@@ -89,6 +89,14 @@ def test_rows(tmp_path: Path, base: Path, kind: str, row: Any, message: str) -> 
         check(tmp_path, base, kind, [*good, row])
 
 
+def test_long_rows_are_dropped_on_request(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = {"messages": [USER, {"role": "assistant", "content": "5" * 60}]}
+    settings = tiny.SFT_SETTINGS.model_copy(update={"too_long": "drop"})
+    spec = tiny.spec("sft", base, tiny.write_jsonl(tmp_path / "rows.jsonl", [long, *tiny.sft_rows(8)]), sft=settings)
+    assert len(prepare(spec, make_input(spec, tmp_path / "in")).ids) == 8
+    assert "1 rows longer than sft.max_tokens are dropped" in capsys.readouterr().err
+
+
 def test_constant_reward(tmp_path: Path, base: Path) -> None:
     """Data on which any answer earns the reward teach nothing; one row that tells answers apart is enough."""
     rows = [
