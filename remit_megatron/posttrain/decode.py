@@ -195,7 +195,7 @@ class _State:
         x = self.embedding[tokens_BS.flatten()]
         for number, layer in enumerate(self.layers):
             mixed = self._attend(number, layer, x, turns[number], bias, size)
-            if layer.attention_norm is None:
+            if layer.attention_norm is None or layer.mlp_norm is None:
                 x = torch.addmm(x, mixed, layer.out)
                 x = torch.addmm(x, self._gated(layer, x * self._inverse_rms(x)), layer.down)
             else:
