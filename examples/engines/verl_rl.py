@@ -2,7 +2,7 @@
 
 engine = { name = "command", command = ["python", "examples/engines/verl_rl.py", "{stage}"] }
 
-Run it with an interpreter that has verl, with this package's folder on PYTHONPATH: rewards are this package's verifiers.
+Run it with an interpreter that has verl, with this package's folder on PYTHONPATH: rewards are its verifiers.
 """
 
 import json

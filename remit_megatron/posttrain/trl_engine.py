@@ -100,6 +100,9 @@ class StageCallback(TrainerCallback):
         self.folder, self.spec, self.trainer, self.stop = folder, spec, trainer, stop
         self.given = HFFolder(folder / WORK / "in")
         self.main = trainer.is_world_process_zero()
+        # Of SFT and DPO, TRL counts from zero again when it resumes.
+        lines = read_metrics(folder) if spec.kind != "rl" else []
+        self.tokens_before = lines[-1].get("num_tokens", 0) if lines else 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         if not logs or "train_runtime" in logs or not self.main:
@@ -108,7 +111,7 @@ class StageCallback(TrainerCallback):
         names = {"learning_rate": "lr", "rewards/correct_answers/mean": "correct"}
         for key, value in logs.items():
             if isinstance(value, int | float) and not key.startswith("rewards/correct_answers/std"):
-                line[names.get(key, key)] = value
+                line[names.get(key, key)] = value + (self.tokens_before if key == "num_tokens" else 0)
         with (self.folder / METRICS).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
         _check_health(self.spec, line)

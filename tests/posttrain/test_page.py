@@ -89,7 +89,7 @@ def request(kind: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_verl_adapter(tmp_path: Path) -> None:
-    """Rows in verl's columns, rewards by the verifiers, checkpoints where models are to be kept, metrics once a step."""
+    """Rows in verl's columns, rewards by the verifiers, checkpoints where models are kept, metrics once a step."""
     from pyarrow import parquet
 
     verl = load("verl_rl")

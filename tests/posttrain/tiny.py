@@ -109,9 +109,9 @@ RL_SETTINGS = RL(
 )
 
 
-def spec(kind: str, model: Path, data: Path, **changes: Any) -> StageSpec:
+def spec(kind: str, model: Path, rows: Path, **changes: Any) -> StageSpec:
     """A request with the settings above."""
     settings = {"sft": SFT_SETTINGS, "dpo": DPO_SETTINGS, "rl": RL_SETTINGS}[kind]
     chat = CHAT if kind == "sft" else Chat()
-    asked = {"name": kind, "kind": kind, "model": str(model), "data": data_files([data]), "chat": chat, kind: settings}
+    asked = {"name": kind, "kind": kind, "model": str(model), "data": data_files([rows]), "chat": chat, kind: settings}
     return StageSpec(**{**asked, **changes})
