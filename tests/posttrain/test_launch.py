@@ -31,5 +31,5 @@ def test_a_mistake_is_said(tmp_path: Path) -> None:
     base = tiny.save_base(tmp_path / "base")
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [*tiny.sft_rows(8), {"text": "x"}])
     write_spec(tmp_path / "stage", tiny.spec("sft", base, rows, engine=TWO))
-    with pytest.raises(UserError, match="sft: .*row 9: column `messages` is missing"):
+    with pytest.raises(UserError, match=r"sft: .*row 9: column `messages` is missing"):
         run_stage(tmp_path / "stage")
