@@ -32,7 +32,7 @@ def write_parquet(spec: dict[str, Any], path: Path) -> None:
 
     from remit_megatron.posttrain import data
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for file in spec["data"]:
         for where, row in data.read_rows(file["path"]):
             found = data.problem(where, row, spec["rl"]["verifier"])

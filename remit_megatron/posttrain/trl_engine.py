@@ -149,11 +149,12 @@ def _restore_types(folder: Path, given: HFFolder) -> None:
     if all(types[name] == stored.dtype for name, stored in made.tensors.items()):
         return
     order = [name for shard in made.shards for name in sorted(n for n, s in made.tensors.items() if s.shard == shard)]
-    sizes = {name: int(np.prod(made.tensors[name].shape)) * types[name].itemsize for name in order}
+    sizes = {name: int(np.prod(made.tensors[name].shape)) * getattr(torch, types[name]).itemsize for name in order}
     rounded = folder / "rounded"
     rounded.mkdir()
     tensors = {name: tensor for name, tensor in made if name in types}
-    write_tensors(rounded, ((name, tensors.pop(name).to(types[name])) for name in order), sizes, MAX_SHARD_BYTES)
+    converted = ((name, tensors.pop(name).to(getattr(torch, types[name]))) for name in order)
+    write_tensors(rounded, converted, sizes, MAX_SHARD_BYTES)
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     for path in rounded.iterdir():
@@ -174,6 +175,7 @@ def _check_health(spec: StageSpec, line: dict[str, Any]) -> None:
 def _make_trainer(spec: StageSpec, work: Path, prepared: Prepared) -> Any:
     model = str(work / "in")
     common = _arguments(spec, work)
+    arguments: Any
     if spec.sft is not None:
         table = pyarrow.table({"input_ids": column(prepared.ids), "labels": column(prepared.labels)})
         arguments = trl.SFTConfig(
