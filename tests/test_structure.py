@@ -15,8 +15,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_COLUMNS = 120
 STILL_LARGE = ("launch/preflight.py",)
-STILL_WIDE = ("README.md", "docs/analyses.md", "docs/clusters.md", "docs/families.md",
-              "docs/reliability.md", "launch/", "pyproject.toml", "slurm/")  # fmt: skip
+STILL_WIDE = ("README.md", "docs/analyses.md", "docs/clusters.md", "docs/families.md", "docs/objectives.md",
+              "docs/plugin.md", "docs/reliability.md", "launch/", "pyproject.toml", "slurm/")  # fmt: skip
 
 
 def tracked(*patterns: str) -> list[Path]:
