@@ -27,6 +27,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from benchmarks.tokenize import machine
+from data_prep.work import claimed
 from data_prep.writer import DatasetWriter
 from remit_megatron.config import Data
 from remit_megatron.data.deal import Deal
@@ -84,12 +85,13 @@ def make_samples(folder: Path, arguments: argparse.Namespace) -> dict[str, Calla
     generator = np.random.default_rng(0)
     count = arguments.tokens // arguments.document_tokens
     lengths = generator.geometric(1 / arguments.document_tokens, count) + 1
-    writer = DatasetWriter(folder / "data", vocab_size=VOCAB_SIZE)
     tokens = generator.integers(1, VOCAB_SIZE, int(lengths.sum()))
     tokens[np.cumsum(lengths) - 1] = EOD
-    writer.append(tokens, lengths)
-    writer.commit(eod_id=EOD)
     prefix = str(folder / "data")
+    with claimed(prefix) as work:
+        writer = DatasetWriter(prefix, work, vocab_size=VOCAB_SIZE)
+        writer.append(tokens, lengths)
+        writer.commit(eod_id=EOD)
     settings = {"sequence_length": arguments.sequence_length, "train": [{"path": prefix}]}
     data = Data.model_validate(settings)
     total = arguments.steps * arguments.microbatch_samples

@@ -15,10 +15,15 @@ from typing import Any
 from remit_megatron import __version__
 from remit_megatron.arguments import positive, shard
 from remit_megatron.errors import RemitError, UserError
+from remit_megatron.processes import while_read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a RemitError into one line on stderr and its exit code."""
+    return while_read(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     _quiet_libraries()
     try:
@@ -260,9 +265,10 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _start_ranks(command: list[str], nproc: int, *, listens: bool = False) -> int:
+    from launch.command import remit
     from launch.local import run_local
 
-    return run_local([sys.executable, "-m", "remit_megatron.cli", *command], nproc, listens=listens)
+    return run_local(remit(command), nproc, listens=listens)
 
 
 def _quiet_libraries() -> None:

@@ -13,9 +13,9 @@ from typing import get_args
 
 import pytest
 
+from examples.smoke.run import QUICK_OVERRIDES
 from launch.environment import RULES
 from launch.local import run_local
-from launch.smoke.run import QUICK_OVERRIDES
 from remit_megatron.cli import build_parser
 from remit_megatron.config import Recipe
 from remit_megatron.objectives.settings import ObjectiveSettings
@@ -52,8 +52,8 @@ def test_plugin_script(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a clone in which `make smoke` has run, with a few steps of everything."""
     folder = tmp_path_factory.mktemp("clone")
-    (folder / "launch").symlink_to(ROOT / "launch")
-    run = run_in(folder, [sys.executable, "-W", "ignore", "-m", "launch.smoke", "--quick", "--out", "runs/smoke"])
+    (folder / "examples").symlink_to(ROOT / "examples")
+    run = run_in(folder, [sys.executable, "-W", "ignore", "-m", "examples.smoke", "--quick", "--out", "runs/smoke"])
     assert run.returncode == 0, run.stderr
     assert "exact match" in run.stdout.lower(), run.stdout
     return folder

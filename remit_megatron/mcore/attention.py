@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from remit_megatron.ops.context_parallel import zigzag_restore, zigzag_slice  # noqa: F401
+from remit_megatron.ops.context_parallel import zigzag_restore
 
 
 class SDPAttention(MegatronModule):

@@ -17,7 +17,6 @@ from torch import Tensor
 from remit_megatron.data.microbatch import LocalMicrobatch, Microbatch, Scores
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import passes
-from remit_megatron.mcore._former import Former, convert, run_schedule
 from remit_megatron.mcore.attention import SDPAttention
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups, current_groups
@@ -27,8 +26,6 @@ from remit_megatron.mcore.passes import LossFunction, Report, run_model, schedul
 from remit_megatron.mcore.teacher import FrozenReference, has_scores
 from remit_megatron.objectives import LossSum, Need, Objective, TokenStats, check_by_sample
 from remit_megatron.ops.selection import top_share_of_all
-
-__all__ = ["ForwardStep", "make_forward_step", "run_schedule", "unwrap"]
 
 Batch = Microbatch | Mapping[str, Any]
 """A microbatch, or the plain dict of a script of one's own, which `Microbatch.from_dict` reads."""
@@ -62,7 +59,7 @@ def make_forward_step(
     return ForwardStep(objective, frozen, groups, sequence_length)
 
 
-class ForwardStep(Former):
+class ForwardStep:
     """Called by the schedule as `forward_step(data_iterator, model)`; see `make_forward_step`."""
 
     def __init__(
@@ -89,7 +86,7 @@ class ForwardStep(Former):
     def microbatch(self, batch: Batch) -> Microbatch:
         """The one place where a plain dict is taken. Raises UserError for a batch that cannot be what it should."""
         if not isinstance(batch, Microbatch):
-            batch = convert(self, dict(batch))
+            batch = Microbatch.from_dict(batch, self._deal)
         if self.sequence_length not in (None, batch.length):
             raise UserError(
                 f"the batch has {batch.length} positions, and whole samples have sequence_length = "

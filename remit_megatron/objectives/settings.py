@@ -111,10 +111,6 @@ class ObjectiveSettings(BaseModel):
         """Whether anything of the frozen reference is needed."""
         return bool(self.needs & OF_THE_REFERENCE)
 
-    @property
-    def needs_reference_hidden(self) -> bool:
-        return Need.DISTRIBUTION in self.needs
-
     def identity(self) -> dict[str, Any]:
         """Every setting, defaults written out: to write one out in the recipe changes nothing."""
         settings = {name: getattr(self, name) for name in type(self).model_fields}

@@ -16,6 +16,7 @@ from remit_megatron.objectives import OBJECTIVES, Need, Objective, ObjectiveSett
 from tests.mcore.harness import BUILD, REFERENCE, SEQUENCE, STUDENT, randomise
 from tests.ranks import run_ranks
 from tests.test_config import minimal
+from tests.train import runs
 
 ROOT = Path(__file__).parents[2]
 LIKELY = next(
@@ -152,6 +153,23 @@ def test_a_package_of_one_s_own_brings_one(package: Path, tmp_path: Path) -> Non
     assert (result.loss_sum.item(), int(result.num_tokens)) == (5.0, 2)
     assert tuple(result.metrics) == recipe.objective.metrics
     assert result.metrics["chosen"].read() == pytest.approx(2 / 3)
+
+
+def test_it_trains_by_recipe(package: Path, tmp_path: Path) -> None:
+    """On two ranks, through the trainer: its metrics reach metrics.jsonl, and its count divides the loss."""
+    runs.make_data(tmp_path)
+    short = {"schedule": {"train_tokens": 3 * runs.SEQUENCE * runs.SAMPLES}}
+    recipes = [
+        runs.settings(tmp_path, "base", **short),
+        runs.remit(tmp_path, "own", objective={**OWN, "below_nats": 4.1}, **short),
+        runs.remit(tmp_path, "all", objective={**OWN, "below_nats": 1e9}, **short),
+        runs.settings(tmp_path, "ntp", **short),
+    ]
+    for outcomes in run_ranks(2, runs.train_all, recipes):
+        assert outcomes == [(0, "")] * 4
+    own, all_of_them, ntp = (runs.metrics(tmp_path, name) for name in ("own", "all", "ntp"))
+    assert all(0 < line["chosen"] < 1 and line["loss"] != line["nll"] for line in own)
+    assert [{k: v for k, v in line.items() if k != "chosen"} for line in all_of_them] == ntp, "every token is NTP"
 
 
 def test_a_new_one_here_is_a_file_and_a_line(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from launch.smoke.build import QUICK, Settings, build
-from launch.smoke.report import write_report
+from examples.smoke.build import QUICK, Settings, build
+from examples.smoke.report import write_report
 from remit_megatron.errors import RemitError, RunError
 from remit_megatron.toml import dump_value
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "smoke"
+RECIPES = Path(__file__).parent / "recipes"
 FOLDER_IN_RECIPES = "runs/smoke"
 STAGES = ("base", "reference", "ntp", "remit")
 RANKS = 2
@@ -111,7 +111,7 @@ def _say(line: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.smoke", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.smoke", description=__doc__)
     parser.add_argument("--out", type=Path, help=f"folder (default: {FOLDER_IN_RECIPES}, with --quick: + '-quick')")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: tests the way, learns nothing")
     arguments = parser.parse_args()

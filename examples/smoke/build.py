@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from data_prep.writer import write_dataset
-from launch.smoke import arithmetic, corpus
-from launch.smoke import tokenizer as smoke_tokenizer
+from examples.smoke import arithmetic, corpus
+from examples.smoke import tokenizer as smoke_tokenizer
 from remit_megatron.data.files import write_atomically
 from remit_megatron.data.manifest import tokenizer_hash
 from remit_megatron.errors import RemitError
@@ -89,7 +89,7 @@ def build(folder: Path, settings: Settings | None = None, say: Callable[[str], N
             vocab_size=settings.vocab_size,
             eod_id=tokenizer.token_to_id(smoke_tokenizer.EOD_TOKEN),
             tokenizer_hash=tokenizer_hash(tokenizer_path),
-            provenance={"source": "launch.smoke.build", "key": key, "settings": asdict(settings)},
+            provenance={"source": "examples.smoke.build", "key": key, "settings": asdict(settings)},
         )
         tokens[name] = manifest.num_tokens
         say(f"{folder / name}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
@@ -155,7 +155,7 @@ def _size(path: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.smoke.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.smoke.build", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/smoke/data"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a corpus for tests")
     arguments = parser.parse_args()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from launch.smoke.corpus import is_held_out
+from examples.smoke.corpus import is_held_out
 
 MAX_VALUE = 99
 HELD_OUT_IN_16 = 2

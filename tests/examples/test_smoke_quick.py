@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.slow
 def test_quick_run_ends_with_table_results_and_plot(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launch.smoke", "--quick", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "examples.smoke", "--quick", "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     rows = json.loads((tmp_path / "results.json").read_text())["runs"]

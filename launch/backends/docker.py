@@ -1,14 +1,40 @@
-"""The command that runs a recipe in a container on this machine, with Docker or podman."""
+"""A container on this machine: `--on docker` runs the ranks with Docker or podman, and stays until they have ended."""
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
-from launch.profiles import Profile
+from launch.backends.base import Backend, Launch, Started, passed_values
+from launch.local import run_client
+from launch.profiles import Profile, Section
 from remit_megatron.errors import UserError
 
 IMAGE = "remit-megatron:latest"
 """What `docker build` of this repository's Dockerfile is tagged, where a profile names no image."""
+
+
+class Docker(Backend[Section]):
+    name = "docker"
+
+    def check(self, launch: Launch) -> None:
+        passed_values(self.profile)
+        engine()
+        for path in (launch.run, launch.workdir):
+            if ":" in str(path):
+                raise UserError(f"{path}: a mount reads no path with a colon: use another folder")
+
+    def dry_run(self, launch: Launch) -> int:
+        print(shlex.join(self._command(launch)))
+        return 0
+
+    def submit(self, launch: Launch) -> Started:
+        variables = {**os.environ, **passed_values(self.profile)}
+        return Started(exit_code=run_client(self._command(launch), variables))
+
+    def _command(self, launch: Launch) -> list[str]:
+        nproc = launch.nproc or self.profile.gpus_per_node or 1
+        return docker_command(launch.train, launch.run, launch.workdir, self.profile, nproc)
 
 
 def engine() -> str:
@@ -19,10 +45,9 @@ def engine() -> str:
     raise UserError("--on docker: neither docker nor podman is on this machine: install one, or use --on local")
 
 
-def docker_command(train: list[str], run: Path, profile: Profile, nproc: int) -> list[str]:
+def docker_command(train: list[str], run: Path, workdir: Path, profile: Profile, nproc: int) -> list[str]:
     """One container with `nproc` ranks. `train`: the command of `remit`. Files are written as the user who launches."""
     name, container = engine(), profile.container
-    workdir = Path.cwd()
     command = [name, "run", "--rm", "--init"]
     # NCCL and the data loader share memory between ranks, and pin it.
     command += ["--ipc=host", "--network=host", "--ulimit=memlock=-1"]

@@ -1,11 +1,11 @@
 """`remit launch --follow`: a submitted job's log, until it ends. Ending this ends nothing else."""
 
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from launch.status import end_of, read_events, report
+from launch.backends.slurm import queue
 
 POLL_S = 2.0
 
@@ -29,14 +29,14 @@ class _Tail:
         sys.stdout.flush()
 
 
-def follow(run: Path, jobs: list[str]) -> int:
-    """Print rank 0's logs as they grow. Returns the run's exit code; 0 when interrupted, for the job goes on."""
+def show_until_the_end(run: Path, jobs: Sequence[str]) -> bool:
+    """Print the jobs' logs and rank 0's as they grow. False: interrupted before the end, and the jobs go on."""
     tails = [_Tail(run / "logs" / f"{job}.log") for job in jobs]
     seen: set[Path] = set()
     try:
         while True:
             # Asked first, so that nothing is missed that was written before the job left the queue.
-            queued = _queued(jobs)
+            there = queue.states(jobs)
             for job in jobs:
                 for log in sorted((run / "logs").glob(f"{job}.*/rank-0.log")):
                     if log not in seen:
@@ -44,19 +44,9 @@ def follow(run: Path, jobs: list[str]) -> int:
                         tails.append(_Tail(log))
             for tail in tails:
                 tail.copy()
-            if not queued:
-                break
+            if there == []:
+                return True
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         print(f"\nthe job goes on; scancel {' '.join(jobs)} ends it", file=sys.stderr)
-        return 0
-    print(report(run))
-    code = end_of(jobs, read_events(run))
-    return 1 if code is None else code
-
-
-def _queued(jobs: list[str]) -> bool:
-    """Whether SLURM still has one of them to run or end."""
-    result = subprocess.run(["squeue", "-h", "-j", ",".join(jobs), "-o", "%i"], capture_output=True, text=True)
-    # An id that SLURM has forgotten makes it fail; a controller that does not answer, too, and that is not the end.
-    return bool(result.stdout.strip()) or (result.returncode != 0 and "Invalid job id" not in result.stderr)
+        return False

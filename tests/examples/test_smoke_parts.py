@@ -11,8 +11,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
-from launch.smoke import arithmetic, build, corpus, report, run
-from launch.smoke.tokenizer import EOD_TOKEN, train_tokenizer
+from examples.smoke import arithmetic, build, corpus, report, run
+from examples.smoke.tokenizer import EOD_TOKEN, train_tokenizer
 from remit_megatron.config import load_recipe
 from remit_megatron.data.manifest import quick_verify, tokenizer_hash
 from remit_megatron.errors import RunError, UserError
