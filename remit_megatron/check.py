@@ -8,9 +8,11 @@ from remit_megatron.data.manifest import end_of_document, quick_verify
 from remit_megatron.device import resolve_device
 from remit_megatron.fit import check_fit, num_microbatches
 from remit_megatron.optional import check_optional_parts
+from remit_megatron.presets import student_shape
 from remit_megatron.run.build_plan import make_build_plan
 from remit_megatron.run.fit import check_documents, check_tokenizers, recipe_tokenizer
 from remit_megatron.run.folder import RunFolder
+from remit_megatron.shape import check_layout
 
 
 def check_start(recipe: Recipe, ranks: int) -> None:
@@ -19,6 +21,8 @@ def check_start(recipe: Recipe, ranks: int) -> None:
     It reads the recipe and the run's folder only: all the rest is found by the run itself, on the ranks' own machines.
     """
     RunFolder(Path(recipe.run), recipe).check()
+    if recipe.model.init is None:  # no checkpoint has a say in the shape
+        check_layout(student_shape(recipe, None), recipe.parallel, "model")
     num_microbatches(recipe, ranks)
 
 

@@ -14,9 +14,12 @@ def check_fit(
 ) -> int:
     """Microbatches of a step on each data-parallel rank. Raises UserError for the first thing that does not fit.
 
-    shape, reference: of the student and the frozen model. device_type: "cpu" or "cuda".
+    shape, reference: of the student and the frozen model. device_type: "cpu" or "cuda". A scorer beside the run may
+    have a layout of its own; on how many ranks it starts is not known here.
     """
     check_models(recipe, shape, reference, device_type=device_type)
+    if reference is not None and recipe.reference is not None and recipe.reference.queue is not None:
+        check_layout(reference, recipe.for_scorer().parallel, "reference.queue: reference")
     return num_microbatches(recipe, num_ranks)
 
 

@@ -137,3 +137,11 @@ def test_plan_sees_the_vocabulary(folder: Path) -> None:
     for look in (lambda r: plan(r, 1), lambda r: check_recipe(r, 1)):
         with pytest.raises(UserError, match="its vocabulary has 61 rows, the model's 62"):
             look(parse_recipe(settings))
+
+
+def test_plan_and_check_see_the_layout_of_a_scorer(folder: Path) -> None:
+    settings = remit(folder, "run", parallel={})
+    settings["reference"]["queue"] = {"parallel": {"tensor": 4}}
+    for look in (lambda r: plan(r, 1), lambda r: check_recipe(r, 1)):
+        with pytest.raises(UserError, match=r"reference.queue: reference\.num_query_groups = 2 does not"):
+            look(parse_recipe(settings))
