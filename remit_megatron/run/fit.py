@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from remit_megatron.config import Recipe
 from remit_megatron.data.manifest import DatasetInfo, tokenizer_hash
 from remit_megatron.errors import UserError
-from remit_megatron.objectives.settings import Need, RemitSettings
+from remit_megatron.objectives.needs import Need
+from remit_megatron.objectives.settings import RemitSettings
 from remit_megatron.run.build_plan import BuildPlan
 
 
