@@ -167,7 +167,7 @@ def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
         optim.zero_grads(chunks, optimizer)
         batches = step.selected(step.scored(batches), chunks)
         reports = run_schedule(step, batches, chunks, forward_only=False)
-        ratios, _ = reduce_reports(reports, groups.counts_loss, [], BUILD.device)
+        ratios, _ = reduce_reports(reports, groups.counts_loss, [], BUILD.device, declared=objective.metrics)
         _, grad_norm = optim.optimizer_step(optimizer, settings.clip_grad_norm)
         optim.advance(scheduler, (number + 1) * SAMPLES * SEQUENCE)
         steps.append({**read(ratios), "grad_norm": grad_norm})
