@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup smoke docker-smoke test test-slow test-slurm test-image golden lint bench bench-gpu clean
+.PHONY: setup smoke docker-smoke test test-slow test-slurm test-image golden lint docs bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,9 @@ test-image: setup
 golden: setup
 	rm -rf build/golden && git worktree prune && git worktree add --detach build/golden $(BASE)
 	$(BIN)/python -m tests.golden build/golden . ; code=$$?; git worktree remove --force build/golden; exit $$code
+
+docs: setup
+	$(BIN)/zensical build --strict --clean
 
 bench: setup
 	$(BIN)/python -m benchmarks.step --output benchmarks/results/step-$$(hostname -s).json

@@ -30,8 +30,9 @@ from benchmarks.tokenize import machine
 from data_prep.writer import DatasetWriter
 from remit_megatron.config import Data
 from remit_megatron.data.deal import Deal
-from remit_megatron.data.loader import BatchPlan, make_loader
+from remit_megatron.data.loader import make_loader
 from remit_megatron.data.samples import assemble
+from remit_megatron.data.steps import BatchPlan
 from remit_megatron.mcore.datasets import TrainingData, open_source
 
 EOD = 0

@@ -13,7 +13,7 @@ from remit_megatron.fit import check_document_mask
 from remit_megatron.mcore.generate import greedy
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.run.checkpoint import resolve_checkpoint
-from remit_megatron.run.models import build_scorer
+from remit_megatron.run.models import build_frozen
 from remit_megatron.run.prepare import prepare
 from remit_megatron.run.process import Process, joined_process
 from remit_megatron.train.held_out import Evaluator
@@ -57,7 +57,7 @@ def _figures(
     meta, groups = ready.plan.init_meta, ready.groups
     assert meta is not None
     evaluator = Evaluator(recipe, groups, ready.plan.shape.vocab_size, ready.tokenizer)
-    chunks = build_scorer(recipe, ready.plan, process.device)
+    chunks = build_frozen(recipe, ready.plan, process.device)
     figures: dict[str, Any] = {"checkpoint": str(path), "step": meta.step, "tokens": meta.tokens}
     figures.update(evaluator.run(chunks, process.device))
     if cases is not None:

@@ -14,8 +14,7 @@ PACKAGES = ("remit_megatron", "data_prep", "launch", "slurm", "examples")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_COLUMNS = 120
-STILL_LARGE = ("launch/preflight.py", "remit_megatron/train/loop.py")
-STILL_IN_A_CYCLE = {"remit_megatron.data.loader_dali"}
+STILL_LARGE = ("launch/preflight.py",)
 STILL_WIDE = ("README.md", "docs/analyses.md", "docs/clusters.md", "docs/families.md",
               "docs/reliability.md", "launch/", "pyproject.toml", "slurm/")  # fmt: skip
 
@@ -60,7 +59,7 @@ def test_files_and_functions_are_small() -> None:
 def test_no_file_imports_itself_through_others(package: str) -> None:
     """Imports inside functions count too, so that none of them hides a cycle."""
     graph = grimp.build_graph(package, cache_dir=None)
-    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules - STILL_IN_A_CYCLE}
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     assert sum(map(len, imports.values())) > 10, "the graph has imports"
     try:
         graphlib.TopologicalSorter(imports).prepare()

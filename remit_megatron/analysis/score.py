@@ -55,12 +55,12 @@ def compare_models(
     if not mask.any():
         raise UserError(f"data.eval.{set_name}: the mask keeps no token of its first {len(kept)} samples")
     segments = np.stack([one["segment_ids"] for one in kept]) if "segment_ids" in kept[0] else None
-    scorer = _Scorer(recipe, groups, dealt, process, found)
-    reference_nll = np.where(mask, scorer.reference_nll(), 0.0).astype(np.float32)
+    comparer = _Comparer(recipe, groups, dealt, process, found)
+    reference_nll = np.where(mask, comparer.reference_nll(), 0.0).astype(np.float32)
     _check_numbers("--reference", reference_nll, mask)
     results = {}
     for name in models:
-        nll, kl = scorer.nll_and_kl(name)
+        nll, kl = comparer.nll_and_kl(name)
         _check_numbers(f"--models {name}", nll + kl, mask)
         results[name] = ModelTokens(
             nll=np.where(mask, nll, 0.0).astype(np.float32),
@@ -131,7 +131,7 @@ def _weights(
     return weights.numpy()
 
 
-class _Scorer:
+class _Comparer:
     """Holds the reference; the other models come one after the other. Methods are collective."""
 
     def __init__(

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from remit_megatron.data.loader import BatchPlan, Sample, Step, stack_arrays
 from remit_megatron.data.microbatch import Microbatch
+from remit_megatron.data.steps import BatchPlan, Sample, Step, stack_arrays
 from remit_megatron.errors import UserError
 
 

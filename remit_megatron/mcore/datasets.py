@@ -23,11 +23,11 @@ from remit_megatron.config import Data
 from remit_megatron.data.deal import Deal
 from remit_megatron.data.index_cache import INDEX_FOLDER, ensure_cache
 from remit_megatron.data.indexed import open_index
-from remit_megatron.data.loader import stack
 from remit_megatron.data.manifest import DatasetInfo, end_of_document, quick_verify
 from remit_megatron.data.microbatch import Microbatch
 from remit_megatron.data.packed import PackedSamples, open_packed
 from remit_megatron.data.samples import assemble
+from remit_megatron.data.steps import stack
 from remit_megatron.errors import RemitError, RunError, UserError
 from remit_megatron.mcore import compat
 

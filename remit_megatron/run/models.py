@@ -32,7 +32,7 @@ def build_student(recipe: Recipe, plan: BuildPlan, device: torch.device) -> tupl
     return chunks, config
 
 
-def build_scorer(recipe: Recipe, plan: BuildPlan, device: torch.device) -> list[Any]:
+def build_frozen(recipe: Recipe, plan: BuildPlan, device: torch.device) -> list[Any]:
     """The chunks of `plan.init` on this rank, as a model that is only looked at: its head forms no whole logits."""
     build = Build(
         device=device,

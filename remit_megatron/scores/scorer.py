@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from remit_megatron.config import Recipe
-from remit_megatron.data.loader import stack
+from remit_megatron.data.steps import stack
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import passes
 from remit_megatron.mcore.datasets import TrainingData

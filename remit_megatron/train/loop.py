@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from remit_megatron.config import Recipe
-from remit_megatron.data.loader import BatchPlan, Loader, make_loader
+from remit_megatron.data.loader import make_loader
+from remit_megatron.data.steps import BatchPlan, Loader
 from remit_megatron.errors import DamagedError, StopRequested
 from remit_megatron.run.process import Process, StopSignals, from_rank_0, joined_process
 from remit_megatron.run.status import Status

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from remit_megatron import flops
-from remit_megatron.data.loader import Loader, Step
+from remit_megatron.data.steps import Loader, Step
 from remit_megatron.mcore.passes import run_schedule
 from remit_megatron.mcore.step import ForwardStep
 from remit_megatron.run.checkpoint import Meta

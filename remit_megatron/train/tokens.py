@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import write_atomically, writing
-from remit_megatron.data.loader import stack
+from remit_megatron.data.steps import stack
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.mcore import datasets, passes
 from remit_megatron.mcore.groups import Groups

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from remit_megatron.data.deal import Deal
-from remit_megatron.data.loader import BatchPlan, Step, make_loader
+from remit_megatron.data.loader import make_loader
 from remit_megatron.data.microbatch import Microbatch
+from remit_megatron.data.steps import BatchPlan, Step
 from remit_megatron.errors import UserError
 
 LENGTH = 33
