@@ -27,8 +27,8 @@ from launch.rank import torch_variables
 from remit_megatron.config import Recipe, load_recipe
 from remit_megatron.errors import PreflightError, RemitError, RunError
 from remit_megatron.hf.config import read_json
-from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import is_hf_folder
+from remit_megatron.hf.mapping import read_shape
 from remit_megatron.presets import preset_shape
 from remit_megatron.shape import resolve_shape
 from remit_megatron.train.checkpoint import CheckpointFolder, read_meta, resolve_checkpoint

@@ -94,8 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(func=_doctor)
     from data_prep import cli as data_cli
     from remit_megatron.analysis import cli as analysis_cli
+    from remit_megatron.benchmark import cli as benchmark_cli
     from remit_megatron.convert import cli as convert_cli
-    from remit_megatron.eval import cli as benchmark_cli
 
     analysis_cli.add_parser(commands)
     data_cli.add_parser(commands)

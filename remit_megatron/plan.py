@@ -10,8 +10,8 @@ from pathlib import Path
 from remit_megatron.config import Parallel, Recipe
 from remit_megatron.errors import UserError
 from remit_megatron.hf.config import read_json
-from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import is_hf_folder
+from remit_megatron.hf.mapping import read_shape
 from remit_megatron.shape import ModelShape, check_layout
 from remit_megatron.train import flops
 from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint

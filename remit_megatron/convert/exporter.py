@@ -14,8 +14,8 @@ from remit_megatron.convert.weights import Place, places
 from remit_megatron.errors import UserError
 from remit_megatron.hf import layout, tokenizer
 from remit_megatron.hf.config import read_json, with_both_rope_keys
-from remit_megatron.hf.families import family_of, read_shape
 from remit_megatron.hf.folder import write_tensors
+from remit_megatron.hf.mapping import family_of, read_shape
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import stored_dtype, whole_model
 from remit_megatron.shape import ModelShape

@@ -9,8 +9,8 @@ import torch
 from remit_megatron.convert.progress import ByteProgress
 from remit_megatron.convert.weights import check_tensors, fill, places
 from remit_megatron.errors import UserError
-from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import HFFolder, choose_dtype
+from remit_megatron.hf.mapping import read_shape
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import whole_model
 from remit_megatron.train.checkpoint import Meta, write_meta

@@ -9,7 +9,7 @@ import torch
 from remit_megatron.errors import UserError
 from remit_megatron.hf import tokenizer
 from remit_megatron.hf.config import read_json
-from remit_megatron.hf.families import read_shape
+from remit_megatron.hf.mapping import read_shape
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import whole_model
 from remit_megatron.shape import ModelShape

@@ -8,8 +8,8 @@ import torch
 
 from remit_megatron.errors import UserError
 from remit_megatron.hf import layout
-from remit_megatron.hf.families import tensor_names
 from remit_megatron.hf.folder import HFFolder, check_names
+from remit_megatron.hf.mapping import tensor_names
 from remit_megatron.shape import ModelShape
 
 

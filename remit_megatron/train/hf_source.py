@@ -15,8 +15,8 @@ import torch.distributed as dist
 from remit_megatron.data.files import writing
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.hf import tokenizer
-from remit_megatron.hf.families import read_shape, tensor_names
 from remit_megatron.hf.folder import HFFolder, check_names, choose_dtype
+from remit_megatron.hf.mapping import read_shape, tensor_names
 from remit_megatron.train.checkpoint import Meta
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

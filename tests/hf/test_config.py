@@ -6,7 +6,7 @@ import pytest
 
 from remit_megatron.errors import UserError
 from remit_megatron.hf.config import with_both_rope_keys
-from remit_megatron.hf.families import FAMILIES, read_shape, tensor_names
+from remit_megatron.hf.mapping import FAMILIES, read_shape, tensor_names
 from remit_megatron.shape import ModelShape
 from tests.hf import tiny
 

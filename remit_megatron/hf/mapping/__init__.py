@@ -9,8 +9,8 @@ from typing import Any
 
 from remit_megatron.errors import UserError
 from remit_megatron.hf.config import REFUSED, Fields
-from remit_megatron.hf.families import llama, olmo2, qwen2, qwen3, smollm3, youtu
-from remit_megatron.hf.families.base import Family
+from remit_megatron.hf.mapping import llama, olmo2, qwen2, qwen3, smollm3, youtu
+from remit_megatron.hf.mapping.base import Family
 from remit_megatron.shape import ModelShape
 
 FAMILIES: dict[str, Family] = {

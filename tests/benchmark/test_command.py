@@ -17,7 +17,7 @@ import torch
 from remit_megatron.cli import main
 from remit_megatron.data.files import locked
 from remit_megatron.hf.folder import HFFolder
-from tests.eval import tiny
+from tests.benchmark import tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 LM_EVAL = lm_eval.__path__[0]

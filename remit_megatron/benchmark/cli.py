@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.arguments import positive
+from remit_megatron.benchmark.suite import SUITES
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.eval.suite import SUITES
 
 BATCH_SIZES = {"hf": "8", "vllm": "auto"}
 """Defaults by backend."""
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
-    from remit_megatron.eval.table import table
+    from remit_megatron.benchmark.table import table
 
     if arguments.table:
         if arguments.model is not None or arguments.output is not None:
@@ -53,8 +53,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     lacking = [name for name in ("MODEL", "--suite", "--output") if not getattr(arguments, name.lower().lstrip("-"))]
     if lacking:
         raise UserError(f"remit benchmark needs {', '.join(lacking)}; or --table FOLDER")
-    from remit_megatron.eval.benchmark import Request, benchmark
-    from remit_megatron.eval.harness import Settings
+    from remit_megatron.benchmark.harness import Settings
+    from remit_megatron.benchmark.run import Request, benchmark
 
     output = Path(arguments.output)
     settings = Settings(

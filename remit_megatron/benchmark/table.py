@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from remit_megatron.eval import results
-from remit_megatron.eval.paper import REPORTED, Row
-from remit_megatron.eval.suite import SUITES, Benchmark, Suite
+from remit_megatron.benchmark import results
+from remit_megatron.benchmark.paper import REPORTED, Row
+from remit_megatron.benchmark.suite import SUITES, Benchmark, Suite
 
 
 def table(folders: Sequence[Path]) -> str:

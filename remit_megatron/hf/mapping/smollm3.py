@@ -2,7 +2,7 @@
 
 from remit_megatron.errors import UserError
 from remit_megatron.hf.config import Fields
-from remit_megatron.hf.families.base import ATTENTION, MLP, PRE_NORMS, Family, decoder_fields
+from remit_megatron.hf.mapping.base import ATTENTION, MLP, PRE_NORMS, Family, decoder_fields
 from remit_megatron.shape import ModelShape
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.benchmark.suite import SUITES, Benchmark, Suite
 from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import UserError
-from remit_megatron.eval.suite import SUITES, Benchmark, Suite
 
 NAME = "results.json"
 FORMAT = 1

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from remit_megatron.benchmark import harness, results
+from remit_megatron.benchmark.model import Model, find_model, weights_folder
+from remit_megatron.benchmark.suite import SUITES, Benchmark, choose
 from remit_megatron.data.files import check_place, locked, make_folder, writing
 from remit_megatron.errors import RunError, StopRequested
-from remit_megatron.eval import harness, results
-from remit_megatron.eval.model import Model, find_model, weights_folder
-from remit_megatron.eval.suite import SUITES, Benchmark, choose
 from remit_megatron.hf.config import read_json
 from remit_megatron.processes import STOP_SIGNALS
 

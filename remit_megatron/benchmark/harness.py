@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.benchmark.model import without_ranks
+from remit_megatron.benchmark.suite import LM_EVAL_VERSION, Benchmark
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.eval.model import without_ranks
-from remit_megatron.eval.suite import LM_EVAL_VERSION, Benchmark
 from remit_megatron.processes import die_with_parent
 
 SEEDS = "0,1234,1234,1234"

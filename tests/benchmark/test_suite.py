@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from remit_megatron.benchmark import harness, results
+from remit_megatron.benchmark.paper import REPORTED
+from remit_megatron.benchmark.suite import LM_EVAL_VERSION, SUITES, Benchmark
+from remit_megatron.benchmark.table import table
 from remit_megatron.cli import build_parser, main
 from remit_megatron.errors import RunError
-from remit_megatron.eval import harness, results
-from remit_megatron.eval.paper import REPORTED
-from remit_megatron.eval.suite import LM_EVAL_VERSION, SUITES, Benchmark
-from remit_megatron.eval.table import table
-from tests.eval import tiny
+from tests.benchmark import tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 BASE = SUITES["base"].benchmarks
@@ -281,7 +281,7 @@ def test_results_that_say_nothing_are_a_failure(content: Any, message: str, tmp_
 
 
 def test_commands_of_the_page() -> None:
-    """tests/eval/test_command.py runs them; here, that each is one that the program has."""
+    """tests/benchmark/test_command.py runs them; here, that each is one that the program has."""
     (block,) = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
     assert {tuple(words[:2]) for words in lines} == {(".venv/bin/remit", "benchmark")}

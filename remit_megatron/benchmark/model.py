@@ -56,7 +56,7 @@ def find_model(name: str, like: str | None, chat: bool) -> Model:
             "tokenizer it has with --like"
         )
     from remit_megatron.convert.exporter import check_alike
-    from remit_megatron.hf.families import read_shape
+    from remit_megatron.hf.mapping import read_shape
 
     folder = local_folder(like, "--like")
     check_alike(shape, read_shape(read_json(folder / "config.json"), folder / "config.json"), folder)
