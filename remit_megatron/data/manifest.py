@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from remit_megatron.data.files import write_atomically
 from remit_megatron.data.indexed import IndexedTokens, bin_path, idx_path, open_index
+from remit_megatron.data.tokenizer import same_tokenizer
 from remit_megatron.errors import UserError
 
 FORMAT = 1
@@ -104,26 +105,6 @@ def fingerprint(manifest: Manifest) -> str:
     """Identity by content, 64 hex digits: equal for equal .bin and .idx, wherever they lie and whoever made them."""
     content = {"dtype": manifest.dtype, "idx": manifest.idx_sha256, "bin": manifest.bin_sha256}
     return hashlib.sha256(json.dumps([FORMAT, manifest.block_bytes, content], sort_keys=True).encode()).hexdigest()
-
-
-def tokenizer_hash(path: str | Path) -> str:
-    """SHA-256 of a tokenizer's content, in hex: of its tokenizer.json without formatting, padding and truncation.
-
-    `path` is that file or a folder that holds it. Raises UserError where it cannot be read.
-    """
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: no readable tokenizer.json: {error}") from None
-    if not isinstance(content, dict) or "model" not in content:
-        raise UserError(f"{file}: no tokenizer of the `tokenizers` library: it has no key 'model'")
-    for key in ("padding", "truncation"):  # settings of a caller, without effect on our ids
-        content.pop(key, None)
-    merges = content["model"].get("merges")
-    if merges and isinstance(merges[0], str):  # written "a b" by older versions and ["a", "b"] by newer ones
-        content["model"]["merges"] = [merge.split(" ") for merge in merges]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def quick_verify(prefix: str, *, vocab_size: int | None = None, tokenizer_hash: str | None = None) -> DatasetInfo:
@@ -327,9 +308,11 @@ def _check_vocabulary(info: DatasetInfo, vocab_size: int | None) -> None:
 
 
 def _check_tokenizer(info: DatasetInfo, wanted: str | None) -> DatasetInfo:
-    if wanted is None or wanted == info.tokenizer_hash:
+    if wanted is None:
         return info
     if info.tokenizer_hash is not None:
+        if same_tokenizer(wanted, info.tokenizer_hash):
+            return info
         raise UserError(
             f"{manifest_path(info.prefix)}: made with the tokenizer {info.tokenizer_hash[:12]}, not with the one "
             f"named, {wanted[:12]}: tokenize the text again, or name the tokenizer that made it"

@@ -88,7 +88,7 @@ class Trainer:
         check_documents(recipe, self.data.eod_id, self.plan.shape.vocab_size)
         check_loggers(recipe)
         check_loader(recipe.data.loader)
-        self.evaluator = Evaluator(recipe, self.groups, self.plan.shape.vocab_size, self.tokenizer_hash)
+        self.evaluator = Evaluator(recipe, self.groups, self.plan.common_rows, self.tokenizer_hash)
         self.chunks, config = build_student(recipe, self.plan, process.device)
         self.reference = build_reference(recipe, self.plan, process.device)
         self.tokens = open_records(

@@ -11,6 +11,7 @@ import torch
 from remit_megatron.config import Recipe
 from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.hf.folder import is_hf_folder
+from remit_megatron.hf.pairing import common_rows
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.graph import check_graph
 from remit_megatron.mcore.model import Build, build_chunks
@@ -26,6 +27,10 @@ class Plan:
     """What will be built, decided from the recipe and the checkpoints' descriptions before anything is allocated."""
 
     shape: ModelShape
+    common_rows: int
+    """Ids that student and reference both have a row for: every dataset stays below."""
+    note: str | None
+    """What to say of the two, once."""
     init: Path | None
     init_meta: Meta | None
     reference_shape: ModelShape | None
@@ -59,20 +64,28 @@ def make_plan(recipe: Recipe, device_type: str, resume: Path | None = None) -> P
     check_graph(recipe, device_type)
     check_document_mask(recipe)
     reference_path = reference_meta = reference_shape = None
+    rows, note = shape.vocab_size, None
     if recipe.reference is not None:
         reference_path, reference_meta = find_model(recipe.reference.path, "reference.path", recipe)
         reference_shape = reference_meta.model_shape()
-        if reference_shape.vocab_size != shape.vocab_size:
+        distributions = getattr(recipe.build_objective(), "needs_reference_hidden", False)
+        rows, note = common_rows(
+            (shape.vocab_size, reference_shape.vocab_size),
+            (_tokenizer(init_meta), _tokenizer(reference_meta)),
+            needs_distribution=distributions,
+            allow_added_tokens=recipe.reference.allow_added_tokens,
+        )
+        if distributions and note:
             raise UserError(
-                f"reference.path: its vocabulary has {reference_shape.vocab_size} rows, the model's "
-                f"{shape.vocab_size}: both must have been trained with one tokenizer"
+                f"{note}, which this loss does not do: choose an objective that reads the label's loss only"
             )
-        _check_tokenizers(init_meta, reference_meta)
         if reference_meta.step == 0 and reference_meta.origin is None:
             raise UserError(f"reference.path: {reference_path} was saved before its first step: it is untrained")
         check_layout(reference_shape, recipe.parallel, "reference")
     return Plan(
         shape=shape,
+        common_rows=rows,
+        note=note,
         init=init,
         init_meta=init_meta,
         reference_shape=reference_shape,
@@ -122,12 +135,9 @@ def find_model(path: str, key: str, recipe: Recipe) -> tuple[Path, Meta]:
     return checkpoint, read_meta(checkpoint)
 
 
-def _check_tokenizers(init: Meta | None, reference: Meta) -> None:
-    ours, theirs = ((meta.origin or {}).get("tokenizer") if meta else None for meta in (init, reference))
-    if ours and theirs and ours != theirs:
-        raise UserError(
-            "reference.path: its tokenizer is not that of model.init: `remit convert check` tells the difference"
-        )
+def _tokenizer(meta: Meta | None) -> str | None:
+    """Identity of the tokenizer that a model was made with: of its datasets, or of the folder it was converted from."""
+    return None if meta is None else meta.tokenizer or (meta.origin or {}).get("tokenizer")
 
 
 def training_dtype(recipe: Recipe, device_type: str) -> torch.dtype:

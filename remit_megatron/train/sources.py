@@ -15,6 +15,6 @@ def open_sources(recipe: Recipe, plan: Plan) -> tuple[list[Any], str | None]:
     """
     made_with = recipe_tokenizer(recipe)
     sources = [
-        datasets.open_source(source.path, recipe.data, plan.shape.vocab_size, made_with) for source in recipe.data.train
+        datasets.open_source(source.path, recipe.data, plan.common_rows, made_with) for source in recipe.data.train
     ]
     return sources, check_tokenizers(recipe, plan, [source.info for source in sources])

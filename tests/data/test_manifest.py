@@ -17,9 +17,9 @@ from remit_megatron.data.manifest import (
     fingerprint,
     manifest_path,
     quick_verify,
-    tokenizer_hash,
     verify_content,
 )
+from remit_megatron.data.tokenizer import tokenizer_hash
 from remit_megatron.errors import UserError
 from tests.data.conftest import VOCAB, random_documents
 

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from launch.smoke import arithmetic, build, corpus, report, run
 from launch.smoke.tokenizer import EOD_TOKEN, train_tokenizer
 from remit_megatron.config import load_recipe
-from remit_megatron.data.manifest import quick_verify, tokenizer_hash
+from remit_megatron.data.manifest import quick_verify
+from remit_megatron.data.tokenizer import tokenizer_hash
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.toml import dump_value
 from remit_megatron.train.evaluate import boxed_answer

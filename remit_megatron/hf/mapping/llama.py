@@ -6,7 +6,8 @@ from remit_megatron.shape import ModelShape
 
 
 def read(config: Fields) -> ModelShape:
-    return ModelShape(family="llama", **decoder_fields(config))
+    # The configs of Llama 1, Llama 2 and what was trained in their time do not say their base, which is the class's.
+    return ModelShape(family="llama", **decoder_fields(config, default_theta=10_000.0))
 
 
 FAMILY = Family(name="llama", architecture="LlamaForCausalLM", read=read, layer=PRE_NORMS | ATTENTION | MLP)
