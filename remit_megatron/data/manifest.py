@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from remit_megatron.data.files import write_atomically
+from remit_megatron.data.checksums import own_checksum, write_record
 from remit_megatron.data.indexed import IndexedTokens, bin_path, idx_path, open_index
 from remit_megatron.data.tokenizer import same_tokenizer
 from remit_megatron.errors import UserError
+from remit_megatron.outside import problem, read_object
 
 FORMAT = 1
 BLOCK_BYTES = 64 << 20
@@ -46,7 +47,7 @@ class Manifest(BaseModel):
     """The token that ends every document; none where documents have no such end."""
     tokenizer_hash: str | None = None
     bin_bytes: int = Field(ge=0)
-    block_bytes: int = Field(gt=0)
+    block_bytes: int = Field(gt=0, multiple_of=4)
     bin_sha256: list[str]
     """SHA-256 of each block of .bin, in order; the last one may be shorter."""
     idx_sha256: str
@@ -55,27 +56,29 @@ class Manifest(BaseModel):
 
     def write(self, prefix: str | Path) -> None:
         """Write the file durably, with a checksum of its own. Raises RunError where it cannot be written."""
-        content = self.model_dump()
-        content["checksum"] = _checksum(content)
-        write_atomically(manifest_path(prefix), (json.dumps(content, indent=1) + "\n").encode())
+        write_record(manifest_path(prefix), self.model_dump())
 
     @staticmethod
     def read(prefix: str | Path) -> "Manifest | None":
         """The manifest of a dataset, or None where there is none. Raises UserError for a damaged one."""
         path = manifest_path(prefix)
+        return Manifest.load(path) if path.exists() else None
+
+    @staticmethod
+    def load(path: Path) -> "Manifest":
+        """The manifest in a file. Raises UserError where it is missing, damaged or of another format."""
         remedy = "delete it and run `remit data verify --adopt` on a dataset that you trust, or make the dataset again"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_object(path)
             checksum = content.pop("checksum", None)
             manifest = Manifest.model_validate(content)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise UserError(f"{path}: no valid manifest ({reason}); {remedy}") from None
+        except ValidationError as error:
+            raise UserError(f"{path}: no valid manifest ({problem(error)}); {remedy}") from None
+        except UserError as error:
+            raise UserError(f"{error}: no valid manifest; {remedy}") from None
         if manifest.format != FORMAT:
             raise UserError(f"{path}: format {manifest.format} is unknown, {FORMAT} is expected; {remedy}")
-        if checksum != _checksum(content):
+        if checksum != own_checksum(content):
             raise UserError(f"{path}: its own checksum does not match, so it was damaged or edited; {remedy}")
         return manifest
 
@@ -209,10 +212,6 @@ def tool_name() -> str:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_counts(indexed: IndexedTokens, manifest: Manifest) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remit_megatron.errors import UserError
+from remit_megatron.outside import quote, read_bytes, read_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -59,9 +60,9 @@ def load_tokenizer(path: str | Path, key: str = "tokenizer") -> "Tokenizer":
     if not file.is_file():
         raise UserError(f"{key}: {file} does not exist: name a tokenizer.json, or a folder with one")
     try:
-        return parse_tokenizer(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {file} cannot be read: {_first_line(error)}") from None
+        return parse_tokenizer(read_bytes(file).decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{key}: {file} cannot be read: {error}") from None
 
 
 def parse_tokenizer(text: str) -> "Tokenizer":
@@ -84,10 +85,10 @@ def read_tokenizer(path: str | Path) -> dict[str, Any]:
     """The content of a tokenizer.json. Raises UserError where it is none."""
     file = tokenizer_file(path)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: no readable tokenizer.json: {_first_line(error)}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        content = read_object(file)
+    except UserError as error:
+        raise UserError(f"{error}; no readable tokenizer.json") from None
+    if not isinstance(content.get("model"), dict):
         raise UserError(f"{file}: no tokenizer of the `tokenizers` library: it has no key 'model'")
     return content
 
@@ -267,4 +268,4 @@ def _digest(content: Any) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return quote(" ".join(str(error).split())) or type(error).__name__

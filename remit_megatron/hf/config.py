@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.errors import UserError
+from remit_megatron.outside import quote, read_object
 
 IGNORED = frozenset(
     (
@@ -113,17 +114,11 @@ REFUSED = {
 MISSING = object()
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 10_000
-SHOWN_CHARACTERS = 200
-"""Of a value or an error that a message repeats."""
 
 
 def shown(value: Any) -> str:
-    """A value as a message repeats it."""
-    try:
-        text = json.dumps(value)
-    except (ValueError, RecursionError):
-        text = repr(type(value).__name__)
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+    """A value as a message repeats it: JSON on one line, cut."""
+    return quote(json.dumps(value))
 
 
 class Fields:
@@ -192,7 +187,7 @@ class Fields:
         """Raise UserError naming every key that nobody has read and the user has not allowed."""
         unknown = sorted(self.values.keys() - self.read - self.allowed)
         if unknown:
-            names = ", ".join(f"{key[:SHOWN_CHARACTERS]} = {shown(self.values[key])}" for key in unknown)
+            names = ", ".join(f"{quote(key, 60)} = {quote(json.dumps(self.values[key]), 60)}" for key in unknown)
             keys, they = ("keys", "they are") if len(unknown) > 1 else ("key", "it is")
             raise UserError(
                 f"{self.where}: unknown {keys} {names}: what may change the model's output is refused; if {they} "
@@ -310,10 +305,4 @@ def length_note(config: dict[str, Any]) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError when the file is unreadable or no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:SHOWN_CHARACTERS]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is no JSON object")
-    return content
+    return read_object(path)

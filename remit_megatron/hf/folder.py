@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from remit_megatron.data.files import sync_file, write_atomically
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.hf.config import SHOWN_CHARACTERS, read_json, shown
+from remit_megatron.hf.config import read_json, shown
 from remit_megatron.hf.mapping import family_of, tensor_shapes
+from remit_megatron.outside import parse_object, quote
 from remit_megatron.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"
@@ -242,10 +243,10 @@ def _read_header(path: Path, shard: str) -> dict[str, Stored]:
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise UserError(f"{path}: no safetensors file, or truncated")
         try:
-            header: Any = json.loads(stream.read(length))
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}: no safetensors file: its header is no JSON") from None
-    if not isinstance(header, dict) or not all(_describes(v) for k, v in header.items() if k != "__metadata__"):
+            header = parse_object(stream.read(length), "its header")
+        except UserError as error:
+            raise UserError(f"{path}: no safetensors file: {error}") from None
+    if not all(_describes(v) for k, v in header.items() if k != "__metadata__"):
         raise UserError(f"{path}: no safetensors file: its header does not describe tensors")
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -328,5 +329,5 @@ def made_of(folder: Path) -> str | None:
 
 
 def _some(names: Collection[str]) -> str:
-    shown_names = ", ".join(name[:SHOWN_CHARACTERS] for name in sorted(names)[:3]) or "none"
+    shown_names = ", ".join(quote(name, 100) for name in sorted(names)[:3]) or "none"
     return shown_names + (f" and {len(names) - 3} more" if len(names) > 3 else "")
