@@ -26,11 +26,12 @@ def claimed(target: Path) -> Iterator[Path]:
     """The path of a folder beside `target`, which is absent, for `finish` to move into place; a second process waits.
 
     The lock is the file .NAME.lock. It ends with its process, so the folder that is found once it is held was left by
-    a dead one, and is removed; so it is where the block raises.
+    a dead one, and is removed; so is that of a block that raises. A file system without locks is used without: two
+    processes that make one folder there are in each other's way.
     """
     check_target(target)
     partial = target.with_name(f".{target.name}-partial")
-    with locked(target.with_name(f".{target.name}.lock")), writing(target):
+    with locked(target.with_name(f".{target.name}.lock"), required=False, remove=True), writing(target):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             yield partial

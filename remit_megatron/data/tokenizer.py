@@ -7,7 +7,7 @@ loaded and saved again is the same tokenizer, and one that gives other ids is an
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,18 +139,22 @@ def differ_in_added_tokens_only(one: str, other: str) -> bool:
 def canonical(content: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides the ids of a text, by name, and nothing else: equal for two files if they give equal ids.
 
+    What only a text decides that the pre-tokenizer never makes, an entry that it cuts in two for instance, counts.
     `normalizer` and `pre-tokenizer` are lists of steps, `added tokens` a dict from text to [id, flags], `vocabulary`
     and `merges` those of the model, and the rest are its settings. Raises KeyError, TypeError or ValueError for a
     content that the library would not load.
     """
     normalizer = _steps(content.get("normalizer"), "normalizers")
     pre_tokenizer = _steps(content.get("pre_tokenizer"), "pretokenizers")
-    model = _model(content["model"], bool(pre_tokenizer) and pre_tokenizer[-1]["type"] == "ByteLevel")
+    stored_tokens = content.get("added_tokens") or []
+    # A text that is such a token never reaches the model.
+    taken = {token["content"] for token in stored_tokens if not token.get("single_word")}
+    model = _model(content["model"], bool(pre_tokenizer) and pre_tokenizer[-1]["type"] == "ByteLevel", taken)
     return {
         **model,
         "normalizer": normalizer,
         "pre-tokenizer": pre_tokenizer,
-        "added tokens": _added_tokens(content.get("added_tokens") or [], model["vocabulary"], bool(normalizer)),
+        "added tokens": _added_tokens(stored_tokens, model["vocabulary"], bool(normalizer)),
     }
 
 
@@ -161,13 +165,15 @@ def largest_id(parts: Mapping[str, Any]) -> int:
     return max([*ids, *(number for number, _ in parts["added tokens"].values())], default=-1)
 
 
-def _model(stored: Mapping[str, Any], byte_level: bool) -> dict[str, Any]:
+def _model(stored: Mapping[str, Any], byte_level: bool, taken: Set[str]) -> dict[str, Any]:
     kind = stored.get("type") or _unnamed_type(stored)
     model = {**DEFAULTS.get(kind, {}), **stored, "type": kind}
     vocabulary = model.pop("vocab")
     merges = [list(pair.split(" ")) if isinstance(pair, str) else pair for pair in model.pop("merges", None) or []]
     if kind == "BPE":
         _settle_bpe(model, vocabulary, merges, byte_level)
+        if model["ignore_merges"]:
+            model["ignore_merges"] = not taken.issuperset(unmerged(model, vocabulary, merges))
     settings = {f"model.{key}": value for key, value in model.items()}
     return {"vocabulary": vocabulary, "merges": merges, **settings}
 
@@ -193,8 +199,6 @@ def _settle_bpe(model: dict[str, Any], vocabulary: Mapping[str, int], merges: li
         model["unk_token"] = None  # no character is unknown
     if model["unk_token"] is None:
         model["fuse_unk"] = False
-    if model["ignore_merges"]:
-        model["ignore_merges"] = bool(unmerged(model, vocabulary, merges))
 
 
 def unmerged(model: Mapping[str, Any], vocabulary: Mapping[str, int], merges: list[Any]) -> list[str]:

@@ -224,7 +224,7 @@ def test_without_manifest(foreign: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_adopt(foreign: str, tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer.json"
-    tokenizer.write_text(json.dumps({"model": {"type": "BPE"}}))
+    tokenizer.write_text(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}}))
     with pytest.raises(UserError, match="document 0 does not end with the EOD token 7"):
         verify(foreign, adopt=True, eod_id=7)
     assert not manifest_path(foreign).exists()
