@@ -31,12 +31,14 @@ def claimed(target: Path) -> Iterator[Path]:
     """
     check_target(target)
     partial = target.with_name(f".{target.name}-partial")
-    with locked(target.with_name(f".{target.name}.lock"), required=False, remove=True), writing(target):
+    with locked(target.with_name(f".{target.name}.lock"), required=False) as lock, writing(target):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            if lock.is_in_place():
+                lock.path.unlink()
 
 
 def finish(partial: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ A tokenizer.json holds much that no id depends on: offsets, the decoder, the tem
 loaded and saved again is the same tokenizer, and one that gives other ids is another.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Set
@@ -95,13 +96,22 @@ def read_tokenizer(path: str | Path) -> dict[str, Any]:
 
 def tokenizer_hash(path: str | Path) -> str:
     """The identity of the tokenizer in a file or folder; see `identity`. Raises UserError where it cannot be read."""
-    content = read_tokenizer(path)
+    file = tokenizer_file(path).absolute()
+    try:
+        found = file.stat()
+    except (OSError, ValueError):
+        return _file_identity(file, 0, 0)  # which says what is wrong
+    return _file_identity(file, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _file_identity(file: Path, modified_ns: int, size: int) -> str:
+    """Seconds for a large vocabulary, and a start asks several times; the arguments name one content of the file."""
+    content = read_tokenizer(file)
     try:
         return identity(content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{tokenizer_file(path)}: no tokenizer of the `tokenizers` library: {_first_line(error)}"
-        ) from None
+        raise UserError(f"{file}: no tokenizer of the `tokenizers` library: {_first_line(error)}") from None
 
 
 def identity(content: Mapping[str, Any]) -> str:
@@ -145,7 +155,13 @@ def canonical(content: Mapping[str, Any]) -> dict[str, Any]:
     content that the library would not load.
     """
     normalizer = _steps(content.get("normalizer"), "normalizers")
-    pre_tokenizer = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    absent = _replaced(normalizer)
+    # A split at what the normalizer leaves none of never happens.
+    pre_tokenizer = [
+        step
+        for step in _steps(content.get("pre_tokenizer"), "pretokenizers")
+        if not (step["type"] == "Split" and step["pattern"].get("String") in absent and not step["invert"])
+    ]
     stored_tokens = content.get("added_tokens") or []
     # A text that is such a token never reaches the model.
     taken = {token["content"] for token in stored_tokens if not token.get("single_word")}
@@ -227,6 +243,20 @@ def _steps(stored: Mapping[str, Any] | None, inner: str) -> list[dict[str, Any]]
     if kind == "Metaspace" and stored.get("add_prefix_space") is False:
         step["prepend_scheme"] = "never"
     return [{key: value for key, value in step.items() if key not in IDLE.get(kind, ())}]
+
+
+def _replaced(normalizer: list[dict[str, Any]]) -> set[str]:
+    """Characters of which a normalized text has none: each is replaced, and no later step brings it back."""
+    absent: set[str] = set()
+    for step in normalizer:
+        if step["type"] not in ("Replace", "Prepend"):
+            return set()
+        brought = step["content"] if step["type"] == "Replace" else step["prepend"]
+        character = step["pattern"].get("String") if step["type"] == "Replace" else None
+        if character and len(character) == 1:
+            absent.add(character)
+        absent -= set(brought)
+    return absent
 
 
 def _added_tokens(stored: list[Any], vocabulary: Any, normalizes: bool) -> dict[str, list[Any]]:
