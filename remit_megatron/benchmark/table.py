@@ -53,6 +53,8 @@ def _paper_row(row: Row) -> list[str]:
 
 
 def _notes(suite: Suite, folder: Path, content: dict[str, Any]) -> Iterable[str]:
+    for warning in (content.get("checks") or {}).get("warnings", ()):
+        yield f"{folder}: {warning}"
     absent = [b.name for b in suite.benchmarks if b.name not in content["tasks"]]
     if absent:
         yield f"{folder}: no average; not evaluated: {', '.join(absent)}"

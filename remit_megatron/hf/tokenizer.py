@@ -151,7 +151,7 @@ def _texts_of_entries(tokenizers: list[Any], a: Mapping[str, Any], b: Mapping[st
         merges = {tuple(pair) for pair in theirs["merges"]}
         pairs = [pair for pair in mine["merges"] if tuple(pair) not in merges][:CANDIDATES]
         ids += [vocabulary["".join(pair)] for pair in pairs if "".join(pair) in vocabulary]
-        if mine.get("model.ignore_merges") != theirs.get("model.ignore_merges") and mine["merges"]:
+        if mine.get("model.ignore_merges") != theirs.get("model.ignore_merges"):
             settings = {key.removeprefix("model."): value for key, value in mine.items() if key.startswith("model.")}
             ids += [vocabulary[entry] for entry in unmerged(settings, vocabulary, mine["merges"])[:CANDIDATES]]
         for number in ids:

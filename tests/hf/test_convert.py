@@ -315,11 +315,8 @@ def test_good_commands(root: Path) -> None:
         ["convert", "export", f"{out}/old", f"{out}/old hf", "--like", str(old_youtu)],
         ["convert", "import", str(with_tables), f"{out}/tables"],
         ["convert", "export", f"{out}/tables", f"{out}/tables hf", "--like", str(half)],
-        *(["convert", "import", str(root / name), f"{out}/{name}"] for name in ("twice", "once", "head only")),
-        *(
-            ["convert", "export", f"{out}/{name}", f"{out}/{name} hf", "--like", smol]
-            for name in ("twice", "once", "head only")
-        ),
+        *(["convert", "import", str(root / name), f"{out}/{name}"] for name in stored),
+        *(["convert", "export", f"{out}/{name}", f"{out}/{name} hf", "--like", smol] for name in stored),
         ["convert", "import", str(odd), f"{out}/odd", "--allow-key", "trained_by"],
         ["convert", "import", llama, f"{out}/llama"],
         ["convert", "export", f"{out}/half", f"{out}/half hf", "--like", str(half), "--max-shard-gb", "1e-5"],

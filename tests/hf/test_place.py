@@ -46,9 +46,13 @@ def test_what_a_killed_process_leaves(when: str, tmp_path: Path) -> None:
 
 
 def test_a_block_that_raises_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no good"), claimed(tmp_path / "model") as partial:
-        partial.mkdir()
-        raise UserError("no good")
+    def fail() -> None:
+        with claimed(tmp_path / "model") as partial:
+            partial.mkdir()
+            raise UserError("no good")
+
+    with pytest.raises(UserError, match="no good"):
+        fail()
     assert not list(tmp_path.iterdir())
 
 
@@ -83,7 +87,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_is_one_line(tmp_path: Path, small_disk: Path) -> None:
-    """Import and export: the exit code of a failure, what to do, and nothing left; then they go on where there is room."""
+    """Import and export: the exit code of a failure, what to do, and nothing left."""
     source, checkpoint = tmp_path / "hf", tmp_path / "checkpoint"
     tiny.save(tiny.make_model("llama", vocab_size=6000), source)
     for command in (
