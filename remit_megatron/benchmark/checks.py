@@ -73,8 +73,8 @@ def check_model(python: str, device: str | None, found: Model, folder: Path, ver
     said = parse_object(lines[-1], f"what {python} says of {folder}")
     if said["finite"] is False:
         raise UserError(
-            f"MODEL {found.source}: its weights or logits are not finite, and lm_eval would give it figures all the same: "
-            "evaluate an earlier checkpoint"
+            f"MODEL {found.source}: its weights or logits are not finite, and lm_eval would give it figures all the "
+            "same: evaluate an earlier checkpoint"
         )
     warnings = [*_splitting(said, wanted, versions), *_beginning(said["begins"], found)]
     if said["finite"] is None:
