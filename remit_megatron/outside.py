@@ -39,11 +39,14 @@ def read_bytes(path: Path, what: str = "file", *, limit: int = MAX_BYTES) -> byt
     try:
         # A pipe or a device would be waited for, or never end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{where}: is {'a folder' if stat.S_ISDIR(found.st_mode) else 'no regular file'}")
-            content = file.read(limit + 1)
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise UserError(f"{where}: cannot be read: {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}")
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(limit + 1)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise UserError(f"{where}: cannot be read: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -118,7 +121,7 @@ def problem(error: ValidationError) -> str:
 def is_too_deep(value: Any) -> bool:
     """Whether lists and dictionaries are nested more than MAX_DEPTH levels."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [
             child
             for one in level

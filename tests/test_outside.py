@@ -93,15 +93,13 @@ def test_quote() -> None:
         (".".join("a" * 200) + " = 1", "nested too deep"),
         ("a = " + "9" * 5000, "Exceeds the limit"),
         ("a = 1\na = 2", "Cannot overwrite"),
-        ("\x00", "no valid TOML"),
+        ("\x00", "Invalid statement"),
     ],
 )
 def test_toml(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(text)
-    with pytest.raises(
-        UserError, match=rf"recipe {path}: no valid TOML: .*{message}" if message[0] != "n" else message
-    ):
+    with pytest.raises(UserError, match=rf"recipe {path}: no valid TOML: .*{message}"):
         toml.read(path, "recipe")
 
 

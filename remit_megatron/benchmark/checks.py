@@ -14,7 +14,7 @@ from remit_megatron.data.tokenizer import load_tokenizer, same_tokenizer, tokeni
 from remit_megatron.errors import RemitError, RunError, UserError
 from remit_megatron.hf.tokenizer import TEXTS, has_tokenizer
 from remit_megatron.outside import parse_object, quote
-from remit_megatron.train.checkpoint import read_meta
+from remit_megatron.run.checkpoint import read_meta
 
 SCRIPT = """
 import json, sys

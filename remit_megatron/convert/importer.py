@@ -14,9 +14,9 @@ from remit_megatron.hf.folder import HFFolder, check_tensors, choose_dtype
 from remit_megatron.hf.mapping import read_fields
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import whole_model
+from remit_megatron.run.checkpoint import Meta, read_meta, write_meta
+from remit_megatron.run.hf_source import origin
 from remit_megatron.shape import ModelShape
-from remit_megatron.train.checkpoint import Meta, read_meta, write_meta
-from remit_megatron.train.hf_source import origin
 
 
 def import_folder(
@@ -39,21 +39,21 @@ def import_folder(
     folder = HFFolder(source)
     shape, fields = read_fields(folder.config, source / "config.json", allowed_keys)
     check_tensors(folder, shape)
-    dtype = choose_dtype(folder, dtype)
-    rounded = dtype is torch.bfloat16 and folder.dtypes() != {torch.bfloat16}
-    kind = str(dtype).removeprefix("torch.") + (", rounded as asked" if rounded else "")
+    name = choose_dtype(folder, None if dtype is None else str(dtype).removeprefix("torch."))
+    rounded = name == "bfloat16" and folder.dtypes() != {"bfloat16"}
+    kind = name + (", rounded as asked" if rounded else "")
     allowed = fields.allowed_keys()
-    made_of = origin(folder, folder.content_key(), dtype) | ({"allowed_keys": " ".join(allowed)} if allowed else {})
+    made_of = origin(folder, folder.content_key(), name) | ({"allowed_keys": " ".join(allowed)} if allowed else {})
     with claimed(target) as partial:
         if target.exists():
             if not _holds(target, shape, made_of):
                 raise already_there(target)
             return f"{kind}; it was there already"
-        with whole_model(shape, dtype) as model:
+        with whole_model(shape, getattr(torch, name)) as model:
             _fill(model, shape, folder, quiet)
             partial.mkdir()
             dist_checkpoint.save(partial, [model], None)
-        precision = "bf16" if dtype is torch.bfloat16 else "fp32"
+        precision = "bf16" if name == "bfloat16" else "fp32"
         write_meta(partial, Meta(shape=shape.model_dump(), precision=precision, origin=made_of))
         finish(partial, target)
     return kind
@@ -82,7 +82,7 @@ def _holds(target: Path, shape: ModelShape, wanted: dict[str, str]) -> bool:
 def _bytes(folder: HFFolder) -> list[int]:
     sizes = []
     for stored in folder.tensors.values():
-        count = stored.dtype.itemsize
+        count = getattr(torch, stored.dtype).itemsize
         for side in stored.shape:
             count *= side
         sizes.append(count)

@@ -10,7 +10,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.hf.tokenizer import has_tokenizer
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import whole_model
-from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint
+from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
 
 TEXT = (
     "In 2023 the committee asked 17 students to prove that the sum of two odd numbers is even. "

@@ -55,14 +55,17 @@ def write_record(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
 
 
-def read_record(path: Path, remedy: str) -> dict[str, Any]:
-    """What `write_record` wrote. Raises DamagedError naming the file and the remedy."""
+def read_record(path: Path, remedy: str, *, unbound: bool = False) -> dict[str, Any]:
+    """What `write_record` wrote. Raises DamagedError naming the file and the remedy.
+
+    unbound: take an object without a checksum too, as older versions wrote it.
+    """
     try:
         content = read_object(path)
     except UserError as error:
         raise DamagedError(f"{error}; {remedy}") from None
     checksum = content.pop("checksum", None)
-    if checksum != own_checksum(content):
+    if checksum != own_checksum(content) and not (unbound and checksum is None):
         raise DamagedError(f"{path}: its own checksum does not match, so it was damaged or edited; {remedy}")
     return content
 

@@ -222,11 +222,19 @@ def locked(path: Path, busy: str | None = None, *, required: bool = True, remove
     required: raise NoLocks on a file system without locks; otherwise go on without.
     remove: delete the file in the end, while it is locked; without, it stays for the next one.
     """
-    with _take(path, busy, required) as stream:
-        lock = Lock(path, stream.fileno())
-        yield lock
-        if remove and lock.is_in_place():
+    try:
+        stream = _take(path, busy, required)
+    except NoLocks:
+        if remove:
             path.unlink(missing_ok=True)
+        raise
+    with stream:
+        lock = Lock(path, stream.fileno())
+        try:
+            yield lock
+        finally:
+            if remove and lock.is_in_place():
+                path.unlink(missing_ok=True)
 
 
 def _take(path: Path, busy: str | None, required: bool) -> IO[bytes]:

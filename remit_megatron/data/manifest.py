@@ -6,7 +6,7 @@ is what a training run does at start: everything about .idx, the sizes, and samp
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -318,3 +318,13 @@ def _check_tokenizer(info: DatasetInfo, wanted: str | None) -> DatasetInfo:
         )
     unknown = f"{info.prefix}: nothing says which tokenizer made it, so data.tokenizer could not be compared"
     return replace(info, warnings=(*info.warnings, unknown))
+
+
+def end_of_document(infos: Sequence[DatasetInfo], given: int | None) -> int | None:
+    """The token that ends a document: `given`, else what the manifests say. Raises UserError where these differ."""
+    found = {info.eod_id for info in infos} if given is None else {given}
+    if len(found) > 1:
+        raise UserError(
+            f"the datasets end their documents with different tokens {sorted(map(str, found))}: set data.eod_id"
+        )
+    return found.pop()

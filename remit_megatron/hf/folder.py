@@ -1,4 +1,7 @@
-"""The weights of a Hugging Face folder: safetensors, read one tensor at a time and written with a fresh index."""
+"""The weights of a Hugging Face folder: safetensors, read one tensor at a time and written with a fresh index.
+
+To open a folder and look at what it holds takes no torch, which is imported where tensors are read or written.
+"""
 
 import hashlib
 import json
@@ -6,11 +9,9 @@ from collections.abc import Collection, Iterable, Iterator, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from remit_megatron.data.files import sync_file, write_atomically
 from remit_megatron.errors import RunError, UserError
@@ -19,13 +20,17 @@ from remit_megatron.hf.mapping import family_of, tensor_shapes
 from remit_megatron.outside import parse_object, quote
 from remit_megatron.shape import ModelShape
 
+if TYPE_CHECKING:
+    import torch
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PAIR = frozenset((HEAD, EMBEDDING))
 MADE_OF = "remit_made_of"
 """Key of a shard's own description, for an export to know its own."""
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Types of tensors in a safetensors header: torch's names of them."""
 COMPUTED = ".rotary_emb.inv_freq"
 """A table that the config determines. Llama checkpoints of old hold it, and transformers drops it when it loads one."""
 MAX_HEADER_BYTES = 100_000_000
@@ -38,7 +43,8 @@ class Stored:
     """A tensor on disk."""
 
     shard: str
-    dtype: torch.dtype
+    dtype: str
+    """float32, bfloat16 or float16."""
     shape: tuple[int, ...]
 
 
@@ -121,10 +127,11 @@ class HFFolder:
     def _same(self, one: Stored, other: Stored, name: str) -> bool:
         return one.shape == other.shape and _equal(self.path, (one.shard, name), (other.shard, name))
 
-    def dtypes(self) -> set[torch.dtype]:
+    def dtypes(self) -> set[str]:
+        """Names of the tensors' types, as `Stored.dtype`."""
         return {stored.dtype for stored in self.tensors.values()}
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Every tensor once, shard by shard; one is in memory at a time. Raises UserError for an unreadable shard."""
         for shard in self.shards:
             try:
@@ -203,8 +210,8 @@ def _names(folder: HFFolder, wanted: Set[str], *, tied: bool) -> set[str]:
     return names
 
 
-def choose_dtype(folder: HFFolder, asked: torch.dtype | None) -> torch.dtype:
-    """The type of the converted weights: the one asked for, else the folder's own, so that nothing is rounded.
+def choose_dtype(folder: HFFolder, asked: str | None = None) -> str:
+    """The type of the converted weights, by name: the one asked for, else the folder's own, so that nothing is rounded.
 
     Raises UserError where the folder mixes types or has float16, which training does not use.
     """
@@ -212,10 +219,10 @@ def choose_dtype(folder: HFFolder, asked: torch.dtype | None) -> torch.dtype:
         return asked
     stored = folder.dtypes()
     if len(stored) > 1:
-        names = ", ".join(sorted(str(t).removeprefix("torch.") for t in stored))
+        names = ", ".join(sorted(stored))
         raise UserError(f"{folder.path}: its tensors are of types {names}: choose one with --dtype of convert import")
     (only,) = stored
-    if only not in (torch.float32, torch.bfloat16):
+    if only not in ("float32", "bfloat16"):
         raise UserError(
             f"{folder.path}: float16 weights: choose --dtype of convert import, fp32, which holds them exactly, or bf16"
         )
@@ -224,6 +231,8 @@ def choose_dtype(folder: HFFolder, asked: torch.dtype | None) -> torch.dtype:
 
 def _equal(path: Path, one: tuple[str, str], other: tuple[str, str]) -> bool:
     """Whether two (shard, tensor) of one shape hold the same values, some rows at a time."""
+    import torch
+
     with ExitStack() as stack:
         slices = [
             stack.enter_context(safe_open(path / shard, framework="pt")).get_slice(name) for shard, name in (one, other)
@@ -258,7 +267,7 @@ def _read_header(path: Path, shard: str) -> dict[str, Stored]:
                 f"{path}: {_some([name])} is of type {shown(entry['dtype'])}; only {', '.join(DTYPES)} are supported"
             )
     try:
-        with safe_open(path, framework="pt"):  # it checks that every byte belongs to one tensor
+        with safe_open(path, framework="numpy"):  # it checks that every byte belongs to one tensor
             pass
     except SafetensorError as error:
         raise UserError(f"{path}: damaged: {error}") from None
@@ -276,7 +285,7 @@ def _describes(entry: Any) -> bool:
 
 def write_tensors(
     folder: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, "torch.Tensor"]],
     sizes: dict[str, int],
     max_shard_bytes: int,
     made_of: str = "",
@@ -286,6 +295,8 @@ def write_tensors(
     sizes: bytes of each tensor, by name, in the same order: they fix the shards before the first is written. made_of:
     what every shard says it was made of. Raises RunError where the disk refuses.
     """
+    from safetensors.torch import save_file
+
     plan: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -321,7 +332,7 @@ def made_of(folder: Path) -> str | None:
     said = set()
     for path in folder.glob("*.safetensors"):
         try:
-            with safe_open(path, framework="pt") as tensors:
+            with safe_open(path, framework="numpy") as tensors:
                 said.add((tensors.metadata() or {}).get(MADE_OF))
         except (SafetensorError, OSError):
             return None
