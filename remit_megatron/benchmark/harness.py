@@ -184,9 +184,11 @@ def _cut(output: Path, configs: Mapping[str, Any], model: Path | None) -> dict[s
     if not limits:
         return {}
     tokenizer = load_tokenizer(model) if model and has_tokenizer(model) else None
+    if tokenizer is None:
+        return {"max_gen_toks": max(limits.values())}
     cut = 0
     for name, limit in limits.items():
-        for path in output.rglob(f"samples_{name}_*.jsonl") if tokenizer else ():
+        for path in output.rglob(f"samples_{name}_*.jsonl"):
             for line in path.read_text().splitlines():
                 answers = [text for texts in json.loads(line)["resps"] for text in texts if isinstance(text, str)]
                 # A token that was left away at the end of the text, or two that are one when read again.

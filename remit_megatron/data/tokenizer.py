@@ -189,7 +189,7 @@ def _model(stored: Mapping[str, Any], byte_level: bool, taken: Set[str]) -> dict
     if kind == "BPE":
         _settle_bpe(model, vocabulary, merges, byte_level)
         if model["ignore_merges"]:
-            model["ignore_merges"] = not taken.issuperset(unmerged(model, vocabulary, merges))
+            model["ignore_merges"] = not taken >= set(unmerged(model, vocabulary, merges))
     settings = {f"model.{key}": value for key, value in model.items()}
     return {"vocabulary": vocabulary, "merges": merges, **settings}
 
