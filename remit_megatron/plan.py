@@ -12,8 +12,8 @@ from remit_megatron.config import Parallel, Recipe
 from remit_megatron.errors import UserError
 from remit_megatron.fit import check_fit, num_microbatches
 from remit_megatron.hf.config import read_json
-from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import is_hf_folder
+from remit_megatron.hf.mapping import read_shape
 from remit_megatron.presets import student_shape
 from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
 from remit_megatron.shape import ModelShape

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from remit_megatron.config import dump_toml, parse_recipe
-from remit_megatron.hf.families import read_shape, tensor_names
+from remit_megatron.hf.mapping import read_shape, tensor_names
 from tests.train.runs import SEQUENCE, VOCAB, make_data, settings
 
 ROOT = Path(__file__).parents[1]

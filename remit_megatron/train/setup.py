@@ -67,10 +67,9 @@ def set_up(recipe: Recipe, process: Process, say: Callable[[str], None], *, fall
     whole, passed_over = newest_whole(checkpoints, process.device) if fallback else (None, {})
     ready = prepare(recipe, process, resume=whole)
     count = num_microbatches(recipe, process.world_size)
-    vocab_size = ready.plan.shape.vocab_size
-    check_documents(recipe, ready.data.eod_id, vocab_size)
+    check_documents(recipe, ready.data.eod_id, ready.plan.shape.vocab_size)
     check_optional_parts(recipe)
-    evaluator = Evaluator(recipe, ready.groups, vocab_size, ready.tokenizer)
+    evaluator = Evaluator(recipe, ready.groups, ready.plan.common_rows, ready.tokenizer)
     chunks, config = build_student(recipe, ready.plan, process.device)
     reference = build_reference(recipe, ready.plan, process.device)
     records = open_records(recipe, evaluator.sets, objective, reference, ready.groups, process.device)

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from remit_megatron.eval import results
-from remit_megatron.eval.paper import REPORTED, Row
-from remit_megatron.eval.suite import SUITES, Benchmark, Suite
+from remit_megatron.benchmark import results
+from remit_megatron.benchmark.paper import REPORTED, Row
+from remit_megatron.benchmark.suite import SUITES, Benchmark, Suite
 
 
 def table(folders: Sequence[Path]) -> str:
@@ -53,6 +53,8 @@ def _paper_row(row: Row) -> list[str]:
 
 
 def _notes(suite: Suite, folder: Path, content: dict[str, Any]) -> Iterable[str]:
+    for warning in (content.get("checks") or {}).get("warnings", ()):
+        yield f"{folder}: {warning}"
     absent = [b.name for b in suite.benchmarks if b.name not in content["tasks"]]
     if absent:
         yield f"{folder}: no average; not evaluated: {', '.join(absent)}"

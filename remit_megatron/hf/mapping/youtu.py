@@ -2,7 +2,7 @@
 
 from remit_megatron.errors import UserError
 from remit_megatron.hf.config import Fields
-from remit_megatron.hf.families.base import MLP, PRE_NORMS, Family, Names, decoder_fields
+from remit_megatron.hf.mapping.base import MLP, PRE_NORMS, Family, Names, decoder_fields
 from remit_megatron.shape import Latent, ModelShape
 
 

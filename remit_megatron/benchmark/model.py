@@ -2,14 +2,12 @@
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from remit_megatron.convert.hub import local_folder
-from remit_megatron.data.files import writing
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.hf import tokenizer
 from remit_megatron.hf.config import read_json
@@ -56,7 +54,7 @@ def find_model(name: str, like: str | None, chat: bool) -> Model:
             "tokenizer it has with --like"
         )
     from remit_megatron.convert.exporter import check_alike
-    from remit_megatron.hf.families import read_shape
+    from remit_megatron.hf.mapping import read_shape
 
     folder = local_folder(like, "--like")
     check_alike(shape, read_shape(read_json(folder / "config.json"), folder / "config.json"), folder)
@@ -72,9 +70,6 @@ def weights_folder(model: Model, output: Path) -> Path:
     if model.checkpoint is None:
         return model.like.absolute()
     folder = output.absolute() / f"model-{model.identity}"
-    for leftover in output.glob(".model-*"):  # of an export that was killed
-        with writing(leftover):
-            shutil.rmtree(leftover)
     if folder.is_dir():
         return folder
     print(f"remit: exporting {model.checkpoint} to {folder}, once", file=sys.stderr, flush=True)

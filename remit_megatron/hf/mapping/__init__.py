@@ -4,13 +4,14 @@ A name table maps a parameter of this package's model (Megatron's local layer) t
 holds: three for query, key and value, two for gate and up, else one. See docs/families.md for how to add a family.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from remit_megatron.errors import UserError
-from remit_megatron.hf.config import REFUSED, Fields
-from remit_megatron.hf.families import llama, olmo2, qwen2, qwen3, smollm3, youtu
-from remit_megatron.hf.families.base import Family
+from remit_megatron.hf.config import REFUSED, Fields, shown
+from remit_megatron.hf.mapping import llama, olmo2, qwen2, qwen3, smollm3, youtu
+from remit_megatron.hf.mapping.base import Family, layer_shapes
 from remit_megatron.shape import ModelShape
 
 FAMILIES: dict[str, Family] = {
@@ -31,24 +32,44 @@ def family_of(shape: ModelShape) -> Family:
     return FAMILIES["llama" if shape.family == "gpt" else shape.family]
 
 
-def read_shape(config: dict[str, Any], where: str | Path) -> ModelShape:
-    """The shape that a config.json describes. Raises UserError naming what is missing, unknown or not supported."""
-    fields = Fields(config, str(where))
+def read_shape(config: dict[str, Any], where: str | Path, allowed: Collection[str] = ()) -> ModelShape:
+    """The shape that a config.json describes. Raises UserError naming what is missing, unknown or not supported.
+
+    allowed: keys that the user answers for; see `Fields`.
+    """
+    return read_fields(config, where, allowed)[0]
+
+
+def read_fields(config: dict[str, Any], where: str | Path, allowed: Collection[str] = ()) -> tuple[ModelShape, Fields]:
+    """As `read_shape`, with the fields that it was read from."""
+    fields = Fields(config, str(where), allowed)
     for key, what in REFUSED.items():
         if config.get(key):
             raise UserError(f"{where}: {what} ({key}) is not supported")
         fields.take(key, None)
     kind = fields.take("model_type")
-    kind = next((family.name for family in FAMILIES.values() if family.former_name == kind), kind)
-    if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type '{kind}' is not supported; known: {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
+    names = {name: family for family in FAMILIES.values() for name in (family.name, family.former_name) if name}
+    family = names.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise UserError(f"{where}: model_type {shown(kind)} is not supported; known: {', '.join(FAMILIES)}")
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
-        raise UserError(f"{where}: architectures = {architectures}: only {family.architecture} is supported")
+        raise UserError(f"{where}: architectures = {shown(architectures)}: only {family.architecture} is supported")
     shape = family.read(fields)
     fields.finish()
-    return shape
+    return shape, fields
+
+
+def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of a model and its shape, computed from sizes alone."""
+    rows = {
+        "model.embed_tokens.weight": (shape.vocab_size, shape.hidden_size),
+        "lm_head.weight": (shape.vocab_size, shape.hidden_size),
+        "model.norm.weight": (shape.hidden_size,),
+    }
+    of_layer = layer_shapes(shape)
+    names = [name for parts in tensor_names(shape).values() for name in parts]
+    return {name: rows[name] if name in rows else of_layer[name.split(".", 3)[3]] for name in names}
 
 
 def tensor_names(shape: ModelShape) -> dict[str, tuple[str, ...]]:

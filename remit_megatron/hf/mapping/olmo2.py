@@ -1,7 +1,7 @@
 """OLMo 2: each norm acts on its sublayer's output; queries and keys are normalised over all heads at once."""
 
 from remit_megatron.hf.config import Fields
-from remit_megatron.hf.families.base import ATTENTION, MLP, Family, Names, decoder_fields
+from remit_megatron.hf.mapping.base import ATTENTION, MLP, Family, Names, decoder_fields
 from remit_megatron.shape import ModelShape
 
 

@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
+from remit_megatron.benchmark import harness, results
+from remit_megatron.benchmark.checks import check_model
+from remit_megatron.benchmark.model import Model
+from remit_megatron.benchmark.paper import REPORTED
+from remit_megatron.benchmark.suite import LM_EVAL_VERSION, SUITES, Benchmark
+from remit_megatron.benchmark.table import table
 from remit_megatron.cli import build_parser, main
-from remit_megatron.errors import RunError
-from remit_megatron.eval import harness, results
-from remit_megatron.eval.paper import REPORTED
-from remit_megatron.eval.suite import LM_EVAL_VERSION, SUITES, Benchmark
-from remit_megatron.eval.table import table
-from tests.eval import tiny
+from remit_megatron.errors import RunError, UserError
+from tests.benchmark import tiny
+from tests.data_prep import tokenizers
+from tests.hf import tiny as hf
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 BASE = SUITES["base"].benchmarks
@@ -157,7 +163,8 @@ else:
 
 def stub(path: Path, versions: dict[str, str], missing: list[str]) -> str:
     """An interpreter whose lm_eval fails, after it has said how it was called."""
-    path.write_text(STUB.format(python=sys.executable, probe={"versions": versions, "missing": missing}))
+    checked = {"differ": [], "begins": [], "finite": True, "why": None}
+    path.write_text(STUB.format(python=sys.executable, probe={"versions": versions, "missing": missing, **checked}))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
 
@@ -222,6 +229,12 @@ def test_mistakes(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str
         "poor": stub(tmp_path / "poor", {"lm_eval": LM_EVAL_VERSION}, ["antlr4"]),
         "wrong": stub(tmp_path / "wrong", {"lm_eval": LM_EVAL_VERSION, "transformers": "5.12.1"}, []),
     }
+    linked, elsewhere = tmp_path / "linked", tmp_path / "elsewhere"
+    for folder in (linked, elsewhere):
+        folder.mkdir()
+    (elsewhere / "task.yaml").write_text("task: x\n")
+    (linked / "mine").symlink_to(elsewhere)
+    (linked / "own.yaml").write_text("task: y\n")
     good, suite, out = str(model), ["--suite", "base"], ["--output", str(tmp_path / "out")]
     cases = {
         "needs MODEL, --suite, --output": [],
@@ -231,9 +244,19 @@ def test_mistakes(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str
         "has no chat template": [str(plain), "--suite", "post", *out],
         "--like goes with a checkpoint": [good, *suite, *out, "--like", good],
         "is no folder with task files": [good, *suite, *out, "--include-path", str(model)],
+        f"does not follow the link {linked / 'mine'}, and would leave its tasks out": [
+            *(good, *suite, *out, "--include-path", str(linked))
+        ],
         "--batch-size 0": [good, *suite, *out, "--batch-size", "0"],
-        "KEY=VALUE is expected": [good, *suite, *out, "--set-model-args", "pretrained=x"],
-        "is no result of `remit benchmark`": ["--table", str(model)],
+        "--set-gen-kwargs 'x': KEY=VALUE": [good, *suite, *out, "--set-gen-kwargs", "x"],
+        "--set-model-args 'pretrained=x': KEY=VALUE is expected": [
+            good,
+            *suite,
+            *out,
+            "--set-model-args",
+            "pretrained=x",
+        ],
+        "result of `remit benchmark` ": ["--table", str(model)],
         "--table prints results that are there": [good, "--table", str(model)],
         "cannot be started": [good, *suite, *out, "--python", str(tmp_path / "absent")],
         "is no folder: name another": [good, *suite, "--output", str(model / "config.json" / "x")],
@@ -253,7 +276,12 @@ def test_mistakes(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str
     assert unknown.value.code == 2
 
 
-def test_model_arguments_keep_their_types(tmp_path: Path, model: Path) -> None:
+def refused(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(line) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_model_arguments_keep_their_types(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     python = stub(tmp_path / "python", {"lm_eval": LM_EVAL_VERSION}, [])
     pairs = ["a=4", "b=0.5", "c=True", "d=false", "e=auto"]
     line = ["benchmark", str(model), "--suite", "base", "--output", str(tmp_path / "out"), "--python", python]
@@ -263,6 +291,17 @@ def test_model_arguments_keep_their_types(tmp_path: Path, model: Path) -> None:
     assert json.loads(arguments[arguments.index("--model_args") + 1]) == wanted
     assert arguments[arguments.index("--batch_size") + 1] == "auto"
     assert "--apply_chat_template" not in arguments
+    assert "--gen_kwargs" not in arguments
+    more = ["--set-gen-kwargs", "max_gen_toks=512", "until=\\n"]
+    assert main([*line[:5], str(tmp_path / "other"), *line[6:], "--tasks", "TQA", *more]) == 1
+    arguments, _ = json.loads((tmp_path / "other" / "logs" / "truthfulqa_mc1.log").read_text().splitlines()[0])
+    start = arguments.index("--gen_kwargs") + 1
+    assert arguments[start : start + 2] == ["max_gen_toks=512", "until='\\\\n'"], "as literals of Python"
+    kept = json.loads((tmp_path / "other" / "results.json").read_text())
+    assert kept["settings"]["gen_kwargs"] == {"max_gen_toks": 512, "until": "\\n"}
+    assert "with gen_kwargs = {}, now" in refused(
+        [*line, "--backend", "vllm", "--set-model-args", *pairs, *more], capsys
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,8 +319,90 @@ def test_results_that_say_nothing_are_a_failure(content: Any, message: str, tmp_
         harness.read_results(tmp_path, BASE[0])
 
 
+BROKEN: dict[str, Any] = {
+    "no valid JSON": "{",
+    "is no JSON object": [],
+    "format 2, this program reads 1": {"format": 2},
+    "tasks: Field required": {"format": 1, "model": {"source": "m", "identity": "0"}, "settings": {"suite": "base"}},
+    "settings.suite: one of base, post": {"settings": {"suite": ["base"]}},
+    "tasks: suite 'base' has no 'x'": {"tasks": {"x": {"task": "x", "state": "failed"}}},
+    "tasks.GSM8K.state: Input should be 'done', 'failed' or 'not run'": {"tasks": {"GSM8K": {"task": "g", "state": 1}}},
+    "a task that is done has metrics": {"tasks": {"GSM8K": {"task": "gsm8k", "state": "done"}}},
+    "tasks.GSM8K.metrics: exact_match,strict-match": {
+        "tasks": {"GSM8K": {"task": "gsm8k", "state": "done", "metrics": {"acc,none": {"value": 0.5}}}}
+    },
+    "less than or equal to 1": {
+        "tasks": {"GSM8K": {"task": "g", "state": "done", "metrics": {"acc,none": {"value": 50.0}}}}
+    },
+}
+
+
+@pytest.mark.parametrize("message", list(BROKEN))
+def test_broken_results_are_refused_in_a_line(message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = {"format": 1, "model": {"source": "m", "identity": "0"}, "settings": {"suite": "base"}, "tasks": {}}
+    content = BROKEN[message]
+    if isinstance(content, dict) and "format" not in content:
+        content = {**whole, **content}
+    (tmp_path / "results.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    assert main(["benchmark", "--table", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "results.json" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_checked_model(tmp_path: Path, model: Path) -> None:
+    """What transformers makes of a Llama 2 kind of tokenizer: other splits and a first token, both said."""
+    folder = tmp_path / "llama"
+    tokenizers.save("sentencepiece", folder)
+    hf.save(hf.make_model("llama", vocab_size=700), folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (start,) = (token["id"] for token in content["added_tokens"] if token["content"] == "<s>")
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [start], "tokens": ["<s>"]}}
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": template}))
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True, "legacy": True}))
+    checked = check_model(sys.executable, "cpu", Model("m", "0", folder, None), folder, {"transformers": "5"})
+    assert checked.record["begins_with"] == [start]
+    assert checked.record["differ"] > 0
+    assert "splits " in checked.warnings[0]
+    assert f"prompts begin with the tokens [{start}]" in checked.warnings[1]
+
+
+def test_a_model_without_finite_logits_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    tiny.save_model(folder, steps=0)
+    path = next(iter(sorted(folder.glob("*.safetensors"))))
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="its weights or logits are not finite"):
+        check_model(sys.executable, "cpu", Model("m", "0", folder, None), folder, {})
+
+
+def test_answers_that_were_cut_are_counted(tmp_path: Path, model: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    long = tokenizer.decode(list(range(300, 330)))
+    count = len(tokenizer.encode(long, add_special_tokens=False).ids)
+    content = {
+        "results": {"gsm8k": {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.5}},
+        "n-samples": {"gsm8k": {"effective": 3}},
+        "n-shot": {"gsm8k": 8},
+        "configs": {"gsm8k": {"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": count}}},
+    }
+    (tmp_path / "results_1.json").write_text(json.dumps(content))
+    lines = [json.dumps({"resps": [[text]]}) + "\n" for text in (long, "4", long + "\n more")]
+    (tmp_path / "samples_gsm8k_1.jsonl").write_text("".join(lines))
+    found = harness.read_results(tmp_path, BASE[0], model)
+    assert (found["max_gen_toks"], found["cut"]) == (count, 2)
+    said = results.remarks(BASE[0], {**found, "shortened": 0, "items": 1319}, None)
+    assert said == [f"2 of 1,319 answers end after {count} tokens, cut: --set-gen-kwargs max_gen_toks=N"]
+
+
 def test_commands_of_the_page() -> None:
-    """tests/eval/test_command.py runs them; here, that each is one that the program has."""
+    """tests/benchmark/test_command.py runs them; here, that each is one that the program has."""
     (block,) = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
     assert {tuple(words[:2]) for words in lines} == {(".venv/bin/remit", "benchmark")}

@@ -6,28 +6,83 @@ It is rewritten after each task, so that a killed evaluation goes on with the ta
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from remit_megatron.benchmark.suite import SUITES, Benchmark, Suite
 from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import UserError
-from remit_megatron.eval.suite import SUITES, Benchmark, Suite
+from remit_megatron.outside import problem, quote, read_object
 
 NAME = "results.json"
 FORMAT = 1
+UNSAID: dict[str, Any] = {"gen_kwargs": {}}
+"""What results of before, which lack a setting, were made with."""
 DONE, FAILED, NOT_RUN = "done", "failed", "not run"
 """States of a task."""
 
 
+class Metric(BaseModel):
+    """One figure of a task."""
+
+    value: float = Field(ge=0, le=1, allow_inf_nan=False)
+
+
+class Task(BaseModel):
+    """What is read of a task's record."""
+
+    task: str
+    state: Literal["done", "failed", "not run"]
+    metrics: dict[str, Metric] = {}
+    remarks: list[str] = []
+    reason: str = ""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Task":
+        if self.state == DONE and not self.metrics:
+            raise ValueError("a task that is done has metrics")
+        return self
+
+
+class Source(BaseModel):
+    """The model that was evaluated."""
+
+    source: str
+    identity: str
+
+
+class Stored(BaseModel):
+    """What is read of `results.json`."""
+
+    model: Source
+    settings: dict[str, Any]
+    tasks: dict[str, Task]
+
+    @model_validator(mode="after")
+    def _of_its_suite(self) -> "Stored":
+        suite = SUITES.get(str(self.settings.get("suite")))
+        if suite is None:
+            raise ValueError(f"settings.suite: one of {', '.join(SUITES)} is expected")
+        known = {benchmark.name: benchmark for benchmark in suite.benchmarks}
+        for name, task in self.tasks.items():
+            if name not in known:
+                raise ValueError(f"tasks: suite '{suite.name}' has no '{name[:40]}'")
+            if task.state == DONE and not set(known[name].metrics) <= task.metrics.keys():
+                raise ValueError(f"tasks.{name}.metrics: {', '.join(known[name].metrics)} are expected")
+        return self
+
+
 def read(folder: Path) -> dict[str, Any]:
     """What `results.json` of a folder holds. Raises UserError where it holds no results of this format."""
+    path = folder / NAME
+    content = read_object(path, "result of `remit benchmark`")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: format {quote(str(content.get('format')), 40)}, this program reads {FORMAT}")
     try:
-        content = json.loads((folder / NAME).read_text())
-        if content["format"] != FORMAT:
-            raise UserError(f"{folder / NAME}: format {content['format']}, this program reads {FORMAT}")
-        if content["settings"]["suite"] not in SUITES or not isinstance(content["tasks"], dict):
-            raise KeyError("suite")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / NAME}: is no result of `remit benchmark`: {error!r}") from None
+        Stored.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: is no result of `remit benchmark`: {problem(error)}: name another folder") from None
     return content
 
 
@@ -47,9 +102,9 @@ def read_same(folder: Path, model: Mapping[str, Any], settings: Mapping[str, Any
             f"{model['source']}, {model['identity']}): {remedy}"
         )
     for key in settings:
-        if known["settings"].get(key) != settings[key]:
+        if known["settings"].get(key, UNSAID.get(key)) != settings[key]:
             raise UserError(
-                f"{folder} holds results with {key} = {json.dumps(known['settings'].get(key))}, now "
+                f"{folder} holds results with {key} = {json.dumps(known['settings'].get(key, UNSAID.get(key)))}, now "
                 f"{json.dumps(settings[key])}: {remedy}"
             )
     return known["tasks"]
@@ -91,6 +146,11 @@ def remarks(benchmark: Benchmark, task: Mapping[str, Any], limit: int | None) ->
         found.append(f"{task['items']:,} items, the paper's test set has {benchmark.items:,}")
     if benchmark.few_shot is not None and task["few_shot"] != benchmark.few_shot:
         found.append(f"{task['few_shot']} examples in the prompt, the paper states {benchmark.few_shot}")
+    if task.get("cut"):
+        found.append(
+            f"{task['cut']:,} of {task['items']:,} answers end after {task['max_gen_toks']:,} tokens, cut: "
+            "--set-gen-kwargs max_gen_toks=N"
+        )
     if task["shortened"]:
         where = f"{task['shortened']} warnings in {task['log']}"
         found.append(f"prompts longer than the model's context lost their beginning ({where})")

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from remit_megatron.benchmark.model import without_ranks
+from remit_megatron.benchmark.suite import LM_EVAL_VERSION, Benchmark
+from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.eval.model import without_ranks
-from remit_megatron.eval.suite import LM_EVAL_VERSION, Benchmark
+from remit_megatron.hf.tokenizer import has_tokenizer
+from remit_megatron.outside import parse_object
 from remit_megatron.processes import die_with_parent
 
 SEEDS = "0,1234,1234,1234"
@@ -35,6 +38,8 @@ SHORTENED = re.compile(r"Left truncation applied|exceeds (model's )?max(imum)? l
 WRONG = ((5, 8), (5, 13))
 """From and up to which transformers splits OLMo 2's numbers wrongly."""
 MESSAGE_CHARACTERS = 300
+DEFAULT_GEN_TOKS = 256
+"""Tokens of an answer, where neither the task nor the user says how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,8 @@ class Settings:
     chat: bool
     model_args: Mapping[str, Any]
     """Arguments of lm_eval's model class besides the folder."""
+    gen_kwargs: Mapping[str, Any]
+    """Arguments of generation that replace a task's own."""
     limit: int | None
     """Items of each task (of a group: of each of its tasks); None: all."""
     include_path: Path | None
@@ -91,7 +98,9 @@ def command(benchmark: Benchmark, model: Path, settings: Settings, output: Path,
     arguments = json.dumps({"pretrained": str(model), **settings.model_args})
     line = [settings.python, "-m", "lm_eval", "run", "--model", settings.backend, "--model_args", arguments]
     line += ["--tasks", benchmark.task, "--seed", SEEDS, "--batch_size", settings.batch_size]
-    line += ["--output_path", str(output)]
+    line += ["--output_path", str(output), "--log_samples"]
+    if settings.gen_kwargs:
+        line += ["--gen_kwargs", *(f"{key}={value!r}" for key, value in settings.gen_kwargs.items())]
     if benchmark.few_shot is not None:
         line += ["--num_fewshot", str(benchmark.few_shot)]
     if settings.device is not None:
@@ -134,17 +143,18 @@ def run(line: list[str], log: Path, runs_code: bool) -> int:
                 child.wait()
 
 
-def read_results(output: Path, benchmark: Benchmark) -> dict[str, Any]:
+def read_results(output: Path, benchmark: Benchmark, model: Path | None = None) -> dict[str, Any]:
     """The figures of one task from what lm_eval wrote below `output`.
 
     `metrics`: by key, `value` and `stderr` (shares of 1; stderr None where lm_eval has none); `items`: how many were
     evaluated; `few_shot`: the examples that were in the prompts, by lm_eval's own account; `data`: where they came
-    from. Raises RunError where something of that is missing.
+    from; of a task that generates text `max_gen_toks`, and `cut`: the answers that reach it, as the tokenizer of
+    `model` counts them. Raises RunError where something of that is missing.
     """
     found = sorted(output.rglob("results_*.json"))
     if len(found) != 1:
         raise RunError(f"lm_eval ended without an error and left {len(found)} files of results in {output}")
-    content = json.loads(found[0].read_text())
+    content = parse_object(found[0].read_bytes(), str(found[0]))
     figures = content["results"].get(benchmark.task, {})
     metrics = {}
     for key in benchmark.metrics:
@@ -160,7 +170,30 @@ def read_results(output: Path, benchmark: Benchmark) -> dict[str, Any]:
         "items": sum(sizes.values()),
         "few_shot": shots[0] if len(shots) == 1 else shots,
         "data": sorted({_data(config) for config in content["configs"].values()}),
+        **_cut(output, content["configs"], model),
     }
+
+
+def _cut(output: Path, configs: Mapping[str, Any], model: Path | None) -> dict[str, int]:
+    """The most tokens of an answer, and how many answers have so many; nothing where no text is generated."""
+    limits = {
+        name: (config.get("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_GEN_TOKS)
+        for name, config in configs.items()
+        if config.get("output_type") == "generate_until"
+    }
+    if not limits:
+        return {}
+    tokenizer = load_tokenizer(model) if model and has_tokenizer(model) else None
+    if tokenizer is None:
+        return {"max_gen_toks": max(limits.values())}
+    cut = 0
+    for name, limit in limits.items():
+        for path in output.rglob(f"samples_{name}_*.jsonl"):
+            for line in path.read_text().splitlines():
+                answers = [text for texts in json.loads(line)["resps"] for text in texts if isinstance(text, str)]
+                # A token that was left away at the end of the text, or two that are one when read again.
+                cut += any(len(tokenizer.encode(text, add_special_tokens=False).ids) >= limit - 2 for text in answers)
+    return {"max_gen_toks": max(limits.values()), "cut": cut}
 
 
 def count_shortened(log: Path) -> int:

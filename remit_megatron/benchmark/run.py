@@ -12,11 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from remit_megatron.benchmark import harness, results
+from remit_megatron.benchmark.checks import check_model
+from remit_megatron.benchmark.model import Model, find_model, weights_folder
+from remit_megatron.benchmark.suite import SUITES, Benchmark, choose
 from remit_megatron.data.files import check_place, locked, make_folder, writing
 from remit_megatron.errors import RunError, StopRequested
-from remit_megatron.eval import harness, results
-from remit_megatron.eval.model import Model, find_model, weights_folder
-from remit_megatron.eval.suite import SUITES, Benchmark, choose
 from remit_megatron.hf.config import read_json
 from remit_megatron.processes import STOP_SIGNALS
 
@@ -58,6 +59,7 @@ def benchmark(request: Request) -> list[str]:
     with locked(output / ".lock", f"--output: another process evaluates into {output}: wait for it or stop it"):
         known = results.read_same(output, model, kept)  # again: another process may have worked here in between
         content: dict[str, Any] = {"format": results.FORMAT, "model": model, "settings": kept, "tasks": known}
+        content["checks"] = results.read(output).get("checks") if known else None
         for skipped in chosen:
             if skipped not in runnable and _state(content, skipped) != results.DONE:
                 content["tasks"][skipped.name] = {"task": skipped.task, "state": results.NOT_RUN, "reason": NO_CODE}
@@ -80,6 +82,12 @@ def _run_all(
         )
     with writing(request.output), _stopping():
         model = weights_folder(found, request.output)
+        if (content["checks"] or {}).get("versions") != versions:
+            content["checks"] = check_model(
+                request.settings.python, request.settings.device, found, model, versions
+            ).record
+        for warning in content["checks"]["warnings"]:
+            _say(f"WARNING: {warning}")
         (request.output / "logs").mkdir(exist_ok=True)
         for number, each in enumerate(todo, 1):
             _say(f"[{number}/{len(todo)}] {each.name} ({each.task}), log in {_log(request.output, each)}")
@@ -108,10 +116,11 @@ def _run_one(request: Request, each: Benchmark, model: Path) -> dict[str, Any]:
     try:
         if code:
             raise RunError(harness.last_line(log.read_text(errors="replace")))
-        record = {**harness.read_results(output, each), "shortened": harness.count_shortened(log), **ran}
+        record = {**harness.read_results(output, each, model), "shortened": harness.count_shortened(log), **ran}
     except RunError as error:
         return {"state": results.FAILED, "reason": str(error) + (f" ({GATED})" if each.gated else ""), **ran}
-    return {"state": results.DONE, **record, "remarks": results.remarks(each, record, request.settings.limit)}
+    remarks = results.remarks(each, record, request.settings.limit)
+    return {"state": results.DONE, **record, "remarks": remarks, "caveats": list(each.caveats)}
 
 
 def _summary(each: Benchmark, record: dict[str, Any]) -> str:
@@ -128,6 +137,7 @@ def _kept(settings: harness.Settings) -> dict[str, Any]:
         "backend": settings.backend,
         "limit": settings.limit,
         "model_args": dict(settings.model_args),
+        "gen_kwargs": dict(settings.gen_kwargs),
         "local_tasks": None if settings.include_path is None else _hash_tasks(settings.include_path),
     }
 

@@ -1,7 +1,7 @@
 """Qwen 2 and 2.5: Llama with biases of query, key and value."""
 
 from remit_megatron.hf.config import Fields
-from remit_megatron.hf.families.base import ATTENTION, MLP, PRE_NORMS, Family, Names, decoder_fields
+from remit_megatron.hf.mapping.base import ATTENTION, MLP, PRE_NORMS, Family, Names, decoder_fields
 from remit_megatron.shape import ModelShape
 
 

@@ -2,7 +2,7 @@
 
 from remit_megatron.errors import UserError
 from remit_megatron.hf.config import Fields
-from remit_megatron.hf.families.base import ATTENTION, MLP, PRE_NORMS, Family, decoder_fields
+from remit_megatron.hf.mapping.base import ATTENTION, MLP, PRE_NORMS, Family, decoder_fields
 from remit_megatron.shape import ModelShape
 
 
@@ -14,7 +14,7 @@ def read(config: Fields) -> ModelShape:
     uses_rope = config.take("no_rope_layers", None)
     if uses_rope is None:
         uses_rope = [int((layer + 1) % interval != 0) for layer in range(layers)]
-    if len(uses_rope) < layers or not set(uses_rope) <= {0, 1}:
+    if not isinstance(uses_rope, list) or len(uses_rope) < layers or any(use not in (0, 1) for use in uses_rope):
         raise UserError(f"{config.where}: no_rope_layers must hold a 0 or 1 for each of {layers} layers")
     without = tuple(layer for layer in range(layers) if not uses_rope[layer])
     return ModelShape(family="smollm3", no_rope_layers=without, **fields)

@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from remit_megatron.arguments import positive
+from remit_megatron.benchmark.suite import SUITES
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.eval.suite import SUITES
+from remit_megatron.outside import quote
 
 BATCH_SIZES = {"hf": "8", "vllm": "auto"}
 """Defaults by backend."""
@@ -36,12 +38,19 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--set-model-args", nargs="+", default=[], metavar="KEY=VALUE", help="more arguments of lm_eval's model class"
     )
+    parser.add_argument(
+        "--set-gen-kwargs",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of generation, such as max_gen_toks=1024 (lm_eval's default where a task says none: 256)",
+    )
     parser.add_argument("--table", nargs="+", metavar="FOLDER", help="print results beside the paper's; runs nothing")
     parser.set_defaults(func=_benchmark)
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
-    from remit_megatron.eval.table import table
+    from remit_megatron.benchmark.table import table
 
     if arguments.table:
         if arguments.model is not None or arguments.output is not None:
@@ -53,15 +62,16 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     lacking = [name for name in ("MODEL", "--suite", "--output") if not getattr(arguments, name.lower().lstrip("-"))]
     if lacking:
         raise UserError(f"remit benchmark needs {', '.join(lacking)}; or --table FOLDER")
-    from remit_megatron.eval.benchmark import Request, benchmark
-    from remit_megatron.eval.harness import Settings
+    from remit_megatron.benchmark.harness import Settings
+    from remit_megatron.benchmark.run import Request, benchmark
 
     output = Path(arguments.output)
     settings = Settings(
         backend=arguments.backend,
         python=arguments.python,
         chat=SUITES[arguments.suite].chat,
-        model_args=_model_args(arguments.set_model_args),
+        model_args=_pairs(arguments.set_model_args, "--set-model-args"),
+        gen_kwargs=_pairs(arguments.set_gen_kwargs, "--set-gen-kwargs"),
         limit=arguments.limit,
         include_path=_folder(arguments.include_path),
         device=arguments.device,
@@ -83,12 +93,12 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _model_args(pairs: list[str]) -> dict[str, Any]:
+def _pairs(pairs: list[str], option: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key or key == "pretrained":
-            raise UserError(f"--set-model-args '{pair}': KEY=VALUE is expected, and no other model")
+            raise UserError(f"{option} '{quote(pair)}': KEY=VALUE is expected, and no other model")
         try:
             found[key] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
@@ -99,9 +109,16 @@ def _model_args(pairs: list[str]) -> dict[str, Any]:
 def _folder(name: str | None) -> Path | None:
     if name is None:
         return None
-    if not any(Path(name).rglob("*.yaml")):
+    folder = Path(name)
+    for link in (path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()):
+        if any(path.suffix == ".yaml" for _, _, files in os.walk(link) for path in map(Path, files)):
+            raise UserError(
+                f"--include-path {name}: lm_eval does not follow the link {link}, and would leave its tasks out: name "
+                "that folder, or put the files there"
+            )
+    if not any(folder.rglob("*.yaml")):
         raise UserError(f"--include-path {name}: is no folder with task files (*.yaml)")
-    return Path(name).absolute()
+    return folder.absolute()
 
 
 def _batch_size(text: str | None, backend: str) -> str:

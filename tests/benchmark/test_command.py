@@ -17,7 +17,7 @@ import torch
 from remit_megatron.cli import main
 from remit_megatron.data.files import locked
 from remit_megatron.hf.folder import HFFolder
-from tests.eval import tiny
+from tests.benchmark import tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 LM_EVAL = lm_eval.__path__[0]
@@ -164,7 +164,7 @@ def test_answers_by_greedy_decoding(
     """256 tokens after 8 examples, up to the next question; the number behind ####, or the last one, is the answer."""
     model, tokenizer = second_opinion
     shots = (tiny.sum_text(tiny.SUM_SHOT) + "\n\n") * 8
-    strict, flexible = 0, 0
+    strict, flexible, cut = 0, 0, 0
     for item in tiny.SUMS:
         ids = tokenizer.encode(shots + tiny.sum_text(item, answered=False)).ids
         start = len(ids)
@@ -174,6 +174,7 @@ def test_answers_by_greedy_decoding(
             if ids[-1] == 0 or "Question:" in text:
                 break
         text = tokenizer.decode(ids[start:]).split("Question:")[0]
+        cut += len(tokenizer.encode(text).ids) >= 256 - 2
         answer = item["answer"].removeprefix("#### ")
         strict += (re.findall(r"#### (-?[0-9.,]+)", text) or [""])[0] == answer
         flexible += (re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text) or [""])[-1] == answer
@@ -182,7 +183,12 @@ def test_answers_by_greedy_decoding(
     assert task["metrics"]["exact_match,flexible-extract"]["value"] == flexible / 12
     assert 0 < strict < 12
     assert (task["items"], task["few_shot"]) == (12, 8)
-    assert task["remarks"] == ["12 items, the paper's test set has 1,319"]
+    assert (task["max_gen_toks"], task["cut"]) == (256, cut)
+    assert task["remarks"][0] == "12 items, the paper's test set has 1,319"
+    assert [f"{cut} of 12 answers end after 256 tokens" in text for text in task["remarks"][1:]] == [True] * (cut > 0)
+    assert task["caveats"] == []
+    checks = json.loads((root / "out" / "results.json").read_text())["checks"]
+    assert (checks["differ"], checks["begins_with"], checks["warnings"]) == (0, [], [])
     assert str(root / "data" / "gsm8k" / "test.jsonl") in task["data"][0]
 
 
