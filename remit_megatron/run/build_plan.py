@@ -64,12 +64,7 @@ def make_build_plan(recipe: Recipe, device_type: str, resume: Path | None = None
     if recipe.reference is not None:
         reference_path, reference_meta = find_model(recipe.reference.path, "reference.path", recipe)
         reference_shape = reference_meta.model_shape()
-        rows, note = common_rows(
-            (shape.vocab_size, reference_shape.vocab_size),
-            (_tokenizer(init_meta), _tokenizer(reference_meta)),
-            needs_distribution=Need.DISTRIBUTION in recipe.objective.needs,
-            allow_added_tokens=recipe.reference.allow_added_tokens,
-        )
+        rows, note = check_pair(recipe, shape, init_meta, reference_meta)
         if reference_meta.step == 0 and reference_meta.origin is None:
             raise UserError(f"reference.path: {reference_path} was saved before its first step: it is untrained")
     check_models(recipe, shape, reference_shape, device_type=device_type)
@@ -85,6 +80,20 @@ def make_build_plan(recipe: Recipe, device_type: str, resume: Path | None = None
         reference_identity=_identity(reference_path, reference_meta),
         resume=resume,
         precision=training_precision(recipe, device_type),
+    )
+
+
+def check_pair(recipe: Recipe, shape: ModelShape, init: Meta | None, reference: Meta) -> tuple[int, str | None]:
+    """(ids that student and reference both have a row for, what to say of the two); see `common_rows`.
+
+    Raises UserError where they have not one tokenizer.
+    """
+    assert recipe.reference is not None
+    return common_rows(
+        (shape.vocab_size, reference.model_shape().vocab_size),
+        (tokenizer_of(init), tokenizer_of(reference)),
+        needs_distribution=Need.DISTRIBUTION in recipe.objective.needs,
+        allow_added_tokens=recipe.reference.allow_added_tokens,
     )
 
 
@@ -131,7 +140,7 @@ def find_model(path: str, key: str, recipe: Recipe) -> tuple[Path, Meta]:
     return checkpoint, read_meta(checkpoint)
 
 
-def _tokenizer(meta: Meta | None) -> str | None:
+def tokenizer_of(meta: Meta | None) -> str | None:
     """Identity of the tokenizer that a model was made with: of its datasets, or of the folder it was converted from."""
     return None if meta is None else meta.tokenizer or (meta.origin or {}).get("tokenizer")
 
