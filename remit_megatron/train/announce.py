@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from remit_megatron.mcore import datasets
 from remit_megatron.scores.cached import Cached
+from remit_megatron.scores.kept import Kept
 from remit_megatron.scores.precision import precision_error
 from remit_megatron.train.setup import SetUp
 from remit_megatron.train.student import Student
@@ -27,6 +28,8 @@ def start_lines(parts: SetUp) -> Iterator[str]:
         yield objective.remark
     if isinstance(parts.source, Cached):
         yield f"the reference's scores come from {parts.source.cache.folder}"
+    if isinstance(parts.source, Cached | Kept) and (remark := parts.source.cache.remark()):
+        yield f"warning: {remark}"
     for source in ready.data.sources:
         for warning in source.info.warnings:
             yield f"warning: {warning}"
