@@ -18,6 +18,7 @@ def start_lines(parts: SetUp) -> Iterator[str]:
     for path, problem in parts.passed_over.items():
         yield f"--fallback: {path.name} is passed over and set aside: {problem}"
     start = f"resumes from {plan.resume.name}" if plan.resume else f"starts from {plan.init or 'random weights'}"
+    yield from parts.remarks
     yield f"{recipe.run}: {objective.name}, {plan.shape.num_parameters() / 1e6:,.1f}M parameters, {start}"
     yield (
         f"{ready.groups.world_size} ranks on {ready.process.device.type}: tensor {p.tensor}, pipeline {p.pipeline} x "

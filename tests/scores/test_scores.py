@@ -322,7 +322,7 @@ def test_each_misfit_is_refused_by_name(folder: Path, scores: Path) -> None:
     run = "scores refused"
     more = {"schedule": {"train_tokens": 20 * SEQUENCE * SAMPLES}}
     bf16 = {"compute": {"precision": "bf16"}}
-    other_data = {"data": {"train": [{"path": str(folder / "held")}]}, **more}
+    other_data = {"data": {"train": [{"path": str(folder / "held")}], "eval": {}}, **more}
     cases = {
         "the reference's weights": cached(folder, run, scores, reference={"path": str(base)}),
         "data.sequence_length": cached(folder, run, scores, data={"sequence_length": 8}),
