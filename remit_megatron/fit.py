@@ -5,7 +5,7 @@
 
 from remit_megatron.config import Parallel, Recipe
 from remit_megatron.errors import UserError
-from remit_megatron.objectives.settings import Need
+from remit_megatron.objectives.needs import OF_THE_DISTRIBUTION
 from remit_megatron.shape import ModelShape, check_layout
 
 
@@ -94,7 +94,7 @@ def check_graph(recipe: Recipe, device_type: str) -> None:
         "model.implementation = 'local'": recipe.model.implementation == "local",
         "parallel.tensor, pipeline and context = 1": p.tensor == p.pipeline == p.context == 1,
         "data.document_mask = false": not recipe.data.document_mask,
-        "an objective that takes scores": Need.DISTRIBUTION not in recipe.objective.needs,
+        "an objective that takes scores": not recipe.objective.needs & OF_THE_DISTRIBUTION,
     }
     unmet = [condition for condition, met in reasons.items() if not met]
     if unmet:

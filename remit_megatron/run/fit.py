@@ -6,7 +6,8 @@ from remit_megatron.config import Recipe
 from remit_megatron.data.manifest import DatasetInfo
 from remit_megatron.data.tokenizer import differ_in_added_tokens_only, same_tokenizer, tokenizer_hash
 from remit_megatron.errors import UserError
-from remit_megatron.objectives.settings import Need, RemitSettings
+from remit_megatron.objectives.needs import Need
+from remit_megatron.objectives.settings import RemitSettings
 from remit_megatron.run.build_plan import BuildPlan
 
 
