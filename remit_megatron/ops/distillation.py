@@ -104,8 +104,8 @@ class Comparison(Protocol):
         """Statistics of all tokens compared [k, N] -> their comparison [N] over the whole vocabulary. Collective."""
 
     def difference(self, number: int, chunk: slice, x: Tensor, r: Tensor) -> Tensor:
-        """After `combine`: its gradient in x [n, columns], for a chunk of the tokens compared and its number. Overwrites
-        x and r."""
+        """After `combine`: its gradient in x [n, columns], for a chunk of the tokens compared and its number.
+        Overwrites x and r."""
 
 
 class Whole:

@@ -1,7 +1,8 @@
 """KL over the reference's k most probable tokens and a bucket for all others, over a sharded vocabulary.
 
 Merging outcomes never raises a KL, so this is a lower bound of the KL over the whole vocabulary, equal to it where k
-covers that, in either direction. Unlike a top k that is normalised anew, it does not let the student's mass outside go free.
+covers that, in either direction. Unlike a top k that is normalised anew, it does not let the student's mass outside go
+free.
 """
 
 from typing import NamedTuple
