@@ -96,11 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
     from remit_megatron.analysis import cli as analysis_cli
     from remit_megatron.convert import cli as convert_cli
     from remit_megatron.eval import cli as benchmark_cli
+    from remit_megatron.flywheel import cli as flywheel_cli
 
     analysis_cli.add_parser(commands)
     data_cli.add_parser(commands)
     convert_cli.add_parser(commands)
     benchmark_cli.add_parser(commands)
+    flywheel_cli.add_parser(commands)
     return parser
 
 

@@ -1,0 +1,82 @@
+"""Where the stages run: in this process, each in a container, or each as a job of a SLURM cluster."""
+
+import os
+from pathlib import Path
+
+from remit_megatron.errors import RemitError, UserError
+from remit_megatron.flywheel.config import Wheel
+from remit_megatron.flywheel.graph import Node, make_plan
+from remit_megatron.flywheel.run import claim, open_contents, run_node, run_wheel
+
+
+def run_at(
+    file: Path,
+    wheel: Wheel,
+    *,
+    overrides: list[str],
+    target: str = "local",
+    until: str | None = None,
+    only: str | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Run a wheel; returns the exit code. Raises UserError for a target that there is not."""
+    kind, _, profile = target.partition(":")
+    if kind not in ("local", "docker", "slurm") or (kind == "local" and profile):
+        raise UserError(f"--on {target}: say local, docker, docker:PROFILE, slurm or slurm:PROFILE")
+    if dry_run and kind != "slurm":
+        raise UserError("--dry-run goes with --on slurm")
+    if only is not None:
+        if until is not None or kind != "local":
+            raise UserError("--only runs one stage here: --until and --on do not go with it")
+        run_only(file, wheel, only)
+        return 0
+    if kind == "slurm":
+        from launch.wheel import submit_wheel
+
+        return submit_wheel(file, wheel, overrides, profile or "gpu", until, dry_run=dry_run)
+    run_wheel(file, wheel, until, _in_container(file, wheel, overrides, profile) if kind == "docker" else None)
+    return 0
+
+
+def run_only(file: Path, wheel: Wheel, name: str) -> None:
+    """One stage whose parents are done. name: the stage's, or its folder's, which a changed setting gives another.
+
+    Raises UserError where no stage of the file has that name.
+    """
+    contents = open_contents(wheel)
+    plan = make_plan(wheel, contents)
+    found = [node for node in plan.nodes if name in (*node.names, node.folder.name)]
+    if not found:
+        raise UserError(f"--only {name}: no such stage in {file}; a changed setting or datum gives a stage another key")
+    claim(file, wheel)
+    run_node(found[0], plan, contents)
+    contents.save()
+
+
+def _in_container(file: Path, wheel: Wheel, overrides: list[str], profile: str) -> "_Container":
+    from launch.profiles import Profile, load_profile
+
+    return _Container(file, wheel, overrides, load_profile(profile) if profile else Profile())
+
+
+class _Container:
+    """Runs each stage by `remit flywheel run --only` in a container of its own."""
+
+    def __init__(self, file: Path, wheel: Wheel, overrides: list[str], profile: object):
+        self.file, self.wheel, self.overrides, self.profile = file, wheel, overrides, profile
+
+    def __call__(self, node: Node) -> None:
+        from launch.docker import docker_command
+        from launch.local import run_client
+        from launch.submit import passed_values
+
+        secrets = passed_values(self.profile)  # type: ignore[arg-type]
+        words = ["flywheel", "run", str(self.file.absolute()), "--only", node.folder.name]
+        words += [part for override in self.overrides for part in ("--set", override)]
+        folder = self.wheel.folder.absolute()
+        line = docker_command(words, folder, self.profile, 1)  # type: ignore[arg-type]
+        code = run_client(line[:-2], {**os.environ, **secrets})  # without --nproc: the stages have their own
+        if code:
+            error = RemitError(f"{node.name}: its container ended with exit code {code}")
+            error.exit_code = code
+            raise error
