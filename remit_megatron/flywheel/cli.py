@@ -71,5 +71,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
     wheel = load_wheel(Path(arguments.wheel), arguments.overrides)
     contents = open_contents(wheel)
-    print(write_report(make_plan(wheel, contents), Path(arguments.output or wheel.folder / "report.html")))
+    plan = make_plan(wheel, contents)
+    print(write_report(plan, contents, Path(arguments.output or wheel.folder / "report.html")))
     return 0

@@ -21,7 +21,7 @@ class Mid(Section):
     recipe: str
     """The recipe (TOML). The wheel sets run, model.init, objective and reference.path; what else is in [reference]
     goes with the rounds that have one."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({})
     """Overrides as those of `remit train --set`: key to value."""
     nproc: Positive = 1
     """Ranks; under SLURM, ranks a node."""
@@ -32,14 +32,14 @@ class Mid(Section):
 class Arm(Section):
     """A way of mid-training in rounds 1, 2, ..., with the same post-training as every other arm."""
 
-    objective: dict[str, Any] = {"name": "remit"}
+    objective: dict[str, Any] = Field({"name": "remit"})
     """As a recipe's section of that name."""
     reference: str | None = None
     """The stage of the arm's previous round that guides: sft, dpo, rl, or such as "rl@0.1", what rl kept at 10% of its
     steps. Default: the last stage; none where the objective is ntp."""
     rounds: Positive | None = None
     """Default: the wheel's."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({})
     """Further overrides of the recipe, in this arm only."""
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ class Wheel(Section):
     """Rounds of guided mid-training, after round 0."""
     start: Literal["base", "previous"] = "base"
     """Weights that mid-training of rounds 2, 3, ... starts from: the base's, or the arm's mid-trained model before."""
-    given: dict[str, str] = {}
+    given: dict[str, str] = Field({})
     """Models to start from in place of round 0: stage (rl, sft, rl@0.1) to Hugging Face folder."""
     mid: Mid
     engine: Engine = Engine()
@@ -127,8 +127,8 @@ class Wheel(Section):
     sft: SFTStage | None = None
     dpo: DPOStage | None = None
     rl: RLStage | None = None
-    arms: dict[str, Arm] = {"remit": Arm()}
-    benchmarks: dict[str, Benchmark] = {}
+    arms: dict[str, Arm] = Field({"remit": Arm()})
+    benchmarks: dict[str, Benchmark] = Field({})
 
     @property
     def stages(self) -> dict[str, Stage]:

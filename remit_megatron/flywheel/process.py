@@ -82,7 +82,7 @@ def _wait(line: Sequence[str], output: int) -> int:
             signal.signal(number, handler)
 
 
-def _become_child(parent: int, mask: set[signal.Signals]) -> None:
+def _become_child(parent: int, mask: set[int | signal.Signals]) -> None:
     die_with_parent(parent)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
