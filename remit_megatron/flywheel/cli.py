@@ -16,6 +16,9 @@ def add_parser(commands: Any) -> None:
     run.add_argument("--on", default="local", metavar="TARGET", help="local, docker[:PROFILE] or slurm[:PROFILE]")
     run.add_argument("--dry-run", action="store_true", help="under SLURM: print the job scripts")
     run.add_argument("--only", metavar="STAGE", help="one stage, by name or folder, whose parents are done")
+    run.add_argument(
+        "--prepare", action="store_true", help="of --only: all but the training, which comes from elsewhere"
+    )
     run.set_defaults(func=_run)
 
     status = actions.add_parser("status", help="each stage: done, running, stopped, stale or to do, and why")
@@ -47,6 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
         target=arguments.on,
         until=arguments.until,
         only=arguments.only,
+        prepare=arguments.prepare,
         dry_run=arguments.dry_run,
     )
 

@@ -33,14 +33,18 @@ LET_GO_S = 20.0
 """How long ranks that outlive a killed wheel for a moment may hold the run's folder."""
 
 
-def write_request(node: Node, plan: Plan, parents: dict[str, str]) -> Recipe:
-    """stage.json and recipe.toml. parents: role to identity."""
-    recipe = recipe_of(node, plan)
+def prepare_mid(node: Node, plan: Plan, parents: dict[str, str]) -> None:
+    """stage.json, recipe.toml and work/. parents: role to identity."""
     request: dict[str, Any] = {"format": 1, "name": node.folder.name, "kind": MID, "parents": parents}
     request |= {"settings": node.parts["settings"], "data": node.parts["data"]}
     write_atomically(node.folder / SPEC, (json.dumps(request, indent=1) + "\n").encode())
-    write_atomically(node.folder / "recipe.toml", dump_toml(recipe).encode())
-    return recipe
+    write_atomically(node.folder / "recipe.toml", dump_toml(recipe_of(node, plan)).encode())
+    work = node.folder / WORK
+    with writing(work):
+        work.mkdir(exist_ok=True)
+        (plan.wheel.folder / CONVERTED).mkdir(exist_ok=True)
+        if not (work / CONVERTED).is_symlink():  # `remit train` looks for converted models beside its run's folder
+            (work / CONVERTED).symlink_to(Path(*[".."] * 3, CONVERTED))
 
 
 def recipe_of(node: Node, plan: Plan) -> Recipe:
@@ -51,10 +55,8 @@ def recipe_of(node: Node, plan: Plan) -> Recipe:
 
 def run_mid(node: Node, plan: Plan, parents: dict[str, str]) -> None:
     """Train, export, check, and write the manifest; or go on with it. Raises what the commands' exit codes mean."""
-    write_request(node, plan, parents)
+    prepare_mid(node, plan, parents)
     work = node.folder / WORK
-    with writing(work):
-        _make_work(work, plan.wheel.folder)
     with Stopwatch(work / "seconds") as clock:
         if not (work / "run" / "DONE").exists():
             _await_lock(node)
@@ -75,15 +77,6 @@ def run_mid(node: Node, plan: Plan, parents: dict[str, str]) -> None:
             last=last_figures(lines),
         )
     write_manifest(node.folder, manifest)
-
-
-def _make_work(work: Path, root: Path) -> None:
-    """work/, in which the run finds the converted models of the whole wheel: `remit train` looks beside its folder."""
-    work.mkdir(exist_ok=True)
-    (root / CONVERTED).mkdir(exist_ok=True)
-    link = work / CONVERTED
-    if not link.is_symlink():
-        link.symlink_to(Path(*[".."] * 3, CONVERTED))
 
 
 def _export(node: Node, plan: Plan) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from remit_megatron.errors import RemitError, UserError
 from remit_megatron.flywheel.config import Wheel
-from remit_megatron.flywheel.graph import Node, make_plan
+from remit_megatron.flywheel.graph import MID, Node, make_plan
 from remit_megatron.flywheel.run import claim, open_contents, run_node, run_wheel
 
 
@@ -17,6 +17,7 @@ def run_at(
     target: str = "local",
     until: str | None = None,
     only: str | None = None,
+    prepare: bool = False,
     dry_run: bool = False,
 ) -> int:
     """Run a wheel; returns the exit code. Raises UserError for a target that there is not."""
@@ -28,20 +29,22 @@ def run_at(
     if only is not None:
         if until is not None or kind != "local":
             raise UserError("--only runs one stage here: --until and --on do not go with it")
-        run_only(file, wheel, only)
+        run_only(file, wheel, only, prepare=prepare)
         return 0
+    if prepare:
+        raise UserError("--prepare goes with --only")
     if kind == "slurm":
-        from launch.wheel import submit_wheel
+        from remit_megatron.flywheel.slurm import submit_wheel
 
         return submit_wheel(file, wheel, overrides, profile or "gpu", until, dry_run=dry_run)
     run_wheel(file, wheel, until, _in_container(file, wheel, overrides, profile) if kind == "docker" else None)
     return 0
 
 
-def run_only(file: Path, wheel: Wheel, name: str) -> None:
+def run_only(file: Path, wheel: Wheel, name: str, *, prepare: bool = False) -> None:
     """One stage whose parents are done. name: the stage's, or its folder's, which a changed setting gives another.
 
-    Raises UserError where no stage of the file has that name.
+    prepare: only until `remit train` may start on its recipe.toml. Raises UserError where no stage of the file has that name.
     """
     contents = open_contents(wheel)
     plan = make_plan(wheel, contents)
@@ -49,7 +52,9 @@ def run_only(file: Path, wheel: Wheel, name: str) -> None:
     if not found:
         raise UserError(f"--only {name}: no such stage in {file}; a changed setting or datum gives a stage another key")
     claim(file, wheel)
-    run_node(found[0], plan, contents)
+    if prepare and found[0].kind != MID:
+        raise UserError(f"--prepare is for mid-training, and {name} is {found[0].kind}")
+    run_node(found[0], plan, contents, prepare=prepare)
     contents.save()
 
 

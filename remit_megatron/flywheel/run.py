@@ -12,7 +12,7 @@ from remit_megatron.flywheel.config import Wheel
 from remit_megatron.flywheel.content import Contents
 from remit_megatron.flywheel.evaluate import run_benchmark
 from remit_megatron.flywheel.graph import BENCHMARK, MID, Node, Plan, Source, make_plan
-from remit_megatron.flywheel.mid import run_mid
+from remit_megatron.flywheel.mid import prepare_mid, run_mid
 from remit_megatron.flywheel.state import Record, identity_now, lock_of, recorded_parents
 from remit_megatron.posttrain.contract import KEEP, checksum_folder, model_identity, read_manifest, verify, write_spec
 from remit_megatron.posttrain.engines import Workers
@@ -37,7 +37,7 @@ def run_wheel(file: Path, wheel: Wheel, until: str | None, elsewhere: Execute | 
     with locked(wheel.folder / ".lock", busy), Workers() as workers:
         contents.save()
         for node in wanted:
-            if _is_done(node, contents):
+            if is_done(node, contents):
                 write_card(node, plan)  # a kill may have come between the manifest and the card
                 continue
             _say(f"{node.name}: runs in {node.folder}")
@@ -63,20 +63,25 @@ def open_contents(wheel: Wheel) -> Contents:
     return Contents(wheel.folder / ".contents.json")
 
 
-def run_node(node: Node, plan: Plan, contents: Contents, workers: Workers | None = None) -> None:
+def run_node(
+    node: Node, plan: Plan, contents: Contents, workers: Workers | None = None, *, prepare: bool = False
+) -> None:
     """Run one stage, or go on with it; one that is done from the same parents is left alone.
 
-    Raises UserError where another process runs it or a parent will not do, and what its engine's end means.
+    prepare: only until mid-training may start, which is somebody else's to do. Raises UserError where another process runs it or a parent will not do, and what its engine's end means.
     """
     busy = f"{node.name}: another process runs this stage in {node.folder}: wait for it or stop it"
     with locked(lock_of(node), busy):
-        if _is_done(node, contents):
+        if is_done(node, contents):
             return
         parents = {role: _verified(source, contents) for role, source in node.parents.items()}
         _set_aside(node, parents)
         Record(plan.wheel.folder).begin(node)
         with writing(node.folder):
             node.folder.mkdir(exist_ok=True)
+        if prepare:
+            prepare_mid(node, plan, parents)
+            return
         if node.kind == MID:
             run_mid(node, plan, parents)
         elif node.kind == BENCHMARK:
@@ -88,7 +93,7 @@ def run_node(node: Node, plan: Plan, contents: Contents, workers: Workers | None
         write_card(node, plan)
 
 
-def _is_done(node: Node, contents: Contents) -> bool:
+def is_done(node: Node, contents: Contents) -> bool:
     """Whether its manifest names the models that its parents' manifests name."""
     manifest = read_manifest(node.folder)
     if manifest is None:
