@@ -16,9 +16,7 @@ def add_parser(commands: Any) -> None:
     run.add_argument("--on", default="local", metavar="TARGET", help="local, docker[:PROFILE] or slurm[:PROFILE]")
     run.add_argument("--dry-run", action="store_true", help="under SLURM: print the job scripts")
     run.add_argument("--only", metavar="STAGE", help="one stage, by name or folder, whose parents are done")
-    run.add_argument(
-        "--prepare", action="store_true", help="of --only: all but the training, which comes from elsewhere"
-    )
+    run.add_argument("--prepare", action="store_true", help="of --only: what comes before the training")
     run.set_defaults(func=_run)
 
     status = actions.add_parser("status", help="each stage: done, running, stopped, stale or to do, and why")

@@ -44,7 +44,8 @@ def run_at(
 def run_only(file: Path, wheel: Wheel, name: str, *, prepare: bool = False) -> None:
     """One stage whose parents are done. name: the stage's, or its folder's, which a changed setting gives another.
 
-    prepare: only until `remit train` may start on its recipe.toml. Raises UserError where no stage of the file has that name.
+    prepare: only until `remit train` may start on its recipe.toml. Raises UserError where no stage of the file has
+    that name.
     """
     contents = open_contents(wheel)
     plan = make_plan(wheel, contents)

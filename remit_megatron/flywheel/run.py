@@ -68,7 +68,8 @@ def run_node(
 ) -> None:
     """Run one stage, or go on with it; one that is done from the same parents is left alone.
 
-    prepare: only until mid-training may start, which is somebody else's to do. Raises UserError where another process runs it or a parent will not do, and what its engine's end means.
+    prepare: only until mid-training may start, which is somebody else's to do. Raises UserError where another process
+    runs it or a parent will not do, and what its engine's end means.
     """
     busy = f"{node.name}: another process runs this stage in {node.folder}: wait for it or stop it"
     with locked(lock_of(node), busy):
