@@ -97,12 +97,14 @@ def build_parser() -> argparse.ArgumentParser:
     from remit_megatron.convert import cli as convert_cli
     from remit_megatron.eval import cli as benchmark_cli
     from remit_megatron.flywheel import cli as flywheel_cli
+    from remit_megatron.posttrain import cli as post_cli
 
     analysis_cli.add_parser(commands)
     data_cli.add_parser(commands)
     convert_cli.add_parser(commands)
     benchmark_cli.add_parser(commands)
     flywheel_cli.add_parser(commands)
+    post_cli.add_parser(commands)
     return parser
 
 

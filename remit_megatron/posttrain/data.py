@@ -1,0 +1,172 @@
+"""The data formats of the field, read row by row into one form each, with the row named where one does not fit.
+
+sft: `messages`. dpo: `prompt`, `chosen`, `rejected`, as text or messages; or `chosen` and `rejected` as whole
+conversations with one beginning. rl: `prompt` or `messages`, `ground_truth`, and the verifier's name in `verifier` or,
+as open-instruct has it, in `dataset`.
+"""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from remit_megatron.errors import UserError
+
+Messages: TypeAlias = list[dict[str, str]]
+Row: TypeAlias = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+VERIFIER_COLUMNS = ("verifier", "dataset")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A prompt with an answer that can be verified."""
+
+    where: str
+    prompt: Messages | str
+    ground_truth: Any
+    verifier: str
+
+
+def read_rows(path: str) -> Iterator[tuple[str, Row]]:
+    """(place for messages, row) of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file; rows count from 1.
+
+    Raises UserError naming the file and the row.
+    """
+    if path.endswith(".parquet"):
+        yield from _read_parquet(path)
+        return
+    number = 0
+    try:
+        with _open(path) as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UserError(f"{path}, row {number}: is no JSON object")
+                    yield f"{path}, row {number}", row
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}, row {number + 1}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if number == 0:
+        raise UserError(f"{path}: holds no rows")
+
+
+def _open(path: str) -> io.TextIOBase:
+    if path.endswith(".gz"):
+        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8")
+    if path.endswith(".zst"):
+        import zstandard
+
+        packed = Path(path).open("rb")  # noqa: SIM115 - closed with the text
+        stream = zstandard.ZstdDecompressor().stream_reader(packed, closefd=True)
+        return io.TextIOWrapper(stream, encoding="utf-8")
+    return open(path, encoding="utf-8")
+
+
+def _read_parquet(path: str) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+    if number == 0:
+        raise UserError(f"{path}: holds no rows")
+
+
+def conversation(where: str, row: Row) -> Messages:
+    """Of `messages`; the last one is the assistant's."""
+    messages = _messages(where, "messages", _column(where, row, "messages"))
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError(f"{where}: messages does not end with an answer of the assistant")
+    return messages
+
+
+def preference(where: str, row: Row) -> dict[str, Any]:
+    """`prompt`, `chosen` and `rejected`: all of them messages, or all of them text."""
+    chosen, rejected = (_column(where, row, name) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        prompt = _column(where, row, "prompt")
+        if not isinstance(prompt, str):
+            return {
+                "prompt": _messages(where, "prompt", prompt),
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    chosen, rejected = _messages(where, "chosen", chosen), _messages(where, "rejected", rejected)
+    if isinstance(row.get("prompt"), list):
+        prompt = _messages(where, "prompt", row["prompt"])
+        size = len(prompt)
+        if chosen[:size] == prompt and rejected[:size] == prompt:
+            chosen, rejected = chosen[size:], rejected[size:]
+    else:
+        size = next(
+            (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+            min(len(chosen), len(rejected)) - 1,
+        )
+        prompt, chosen, rejected = chosen[:size], chosen[size:], rejected[size:]
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if len(answer) != 1 or answer[0]["role"] != "assistant":
+            raise UserError(f"{where}: {name} is not one answer of the assistant after the prompt that both share")
+    if not prompt:
+        raise UserError(f"{where}: chosen and rejected begin with different messages, and there is no prompt")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def problem(where: str, row: Row, verifier: str | None) -> Problem:
+    """verifier: for a row that names none."""
+    if "prompt" in row:
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = _messages(where, "prompt", prompt)
+    else:
+        prompt = _messages(where, "messages", _column(where, row, "messages", "prompt"))
+    if not prompt:
+        raise UserError(f"{where}: the prompt is empty")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise UserError(f"{where}: the prompt ends with an answer of the assistant: leave it out")
+    truth = _column(where, row, "ground_truth")
+    named = next((row[name] for name in VERIFIER_COLUMNS if row.get(name)), verifier)
+    if isinstance(named, list):  # open-instruct allows several, and its published data have one
+        named, truth = _only(where, named), truth[0] if isinstance(truth, list) and len(truth) == 1 else truth
+    if not isinstance(named, str):
+        raise UserError(f"{where}: names no verifier: add a column `verifier`, or set rl.verifier")
+    return Problem(where, prompt, truth, named)
+
+
+def _only(where: str, names: list[Any]) -> Any:
+    if len(names) != 1:
+        raise UserError(f"{where}: names {len(names)} verifiers, and one is expected")
+    return names[0]
+
+
+def _column(where: str, row: Row, name: str, other: str | None = None) -> Any:
+    value = row.get(name)
+    if value is None or value == "" or value == []:
+        state = "is empty" if name in row else f"is missing (it has {', '.join(sorted(row)) or 'no columns'})"
+        raise UserError(f"{where}: column `{name}`{f' or `{other}`' if other else ''} {state}")
+    return value
+
+
+def _messages(where: str, name: str, value: Any) -> Messages:
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise UserError(f"{where}: {name} is no list of messages ({{role, content}})")
+    found = []
+    for number, message in enumerate(value, 1):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES or not isinstance(content, str) or (role == "assistant" and not content.strip()):
+            raise UserError(
+                f"{where}: message {number} of {name} has role {role!r} and content {str(content)[:40]!r}: a role of "
+                f"{', '.join(ROLES)} and a text are expected"
+            )
+        found.append({"role": role, "content": content})
+    return found
