@@ -95,8 +95,8 @@ class Benchmark(Section):
     arguments: tuple[str, ...] = ()
     """More arguments of `remit benchmark`, or of the command."""
     command: tuple[str, ...] = ()
-    """A program and its arguments, in place of a suite. It gets `--model FOLDER --output FILE` and writes a JSON object
-    of figures, such as `{"accuracy": 0.31}`, there."""
+    """A program and its arguments, in place of a suite; `{python}` is the interpreter of the wheel. It gets
+    `--model FOLDER --output FILE` and writes a JSON object of figures, such as `{"accuracy": 0.31}`, there."""
     data: tuple[str, ...] = ()
     """Files whose content decides the result, the command's own among them: a change of them evaluates again."""
 
@@ -179,15 +179,15 @@ def load_wheel(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Wheel
     for one in overrides:
         toml.override(settings, one)
     try:
-        return Wheel.model_validate(_with_tuples(settings))
+        return Wheel.model_validate(with_tuples(settings))
     except ValidationError as error:
         raise UserError(f"wheel {path}: {toml.first_problem(error, Wheel)}") from None
     except UserError as error:  # of a section that post-training knows
         raise UserError(f"wheel {path}: {error}") from None
 
 
-def _with_tuples(value: Any) -> Any:
+def with_tuples(value: Any) -> Any:
     """TOML's arrays as the sections, which are frozen, hold them."""
     if isinstance(value, dict):
-        return {key: _with_tuples(one) for key, one in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+        return {key: with_tuples(one) for key, one in value.items()}
+    return tuple(map(with_tuples, value)) if isinstance(value, list) else value

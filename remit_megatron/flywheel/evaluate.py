@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from typing import Any
 
 from remit_megatron.data.files import write_atomically, writing
@@ -45,7 +46,8 @@ def _figures(node: Node, benchmark: Benchmark) -> dict[str, float]:
         return _of_suite(json.loads((work / "results" / "results.json").read_text()))
     path = work / "figures.json"
     path.unlink(missing_ok=True)
-    run([*benchmark.command, *benchmark.arguments, "--model", str(model), "--output", str(path)], log, node.name)
+    command = [part.replace("{python}", sys.executable) for part in (*benchmark.command, *benchmark.arguments)]
+    run([*command, "--model", str(model), "--output", str(path)], log, node.name)
     try:
         content = json.loads(path.read_text())
         figures = {str(name): float(value) for name, value in content.items()}

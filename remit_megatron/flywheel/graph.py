@@ -5,6 +5,7 @@ stage's folder, so two arms share the stages whose keys are equal, and a changed
 to what depends on it and to nothing else.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,10 @@ class Plan:
         return node
 
     def needed_for(self, name: str) -> list[Node]:
-        """A stage and all that it is made from, in order. Raises UserError for an unknown name."""
+        """A stage, all that it is made from, and the benchmarks of these, in order.
+
+        Raises UserError for an unknown name.
+        """
         known = self.by_name()
         if name not in known:
             raise UserError(f"--until {name}: no such stage: {', '.join(known)}")
@@ -87,7 +91,13 @@ class Plan:
             parents = [source.node for source in queue.pop().parents.values() if source.node]
             wanted |= {node.folder for node in parents}
             queue += parents
-        return [node for node in self.nodes if node.folder in wanted]
+        return [node for node in self.nodes if node.folder in wanted or _measures(node, wanted)]
+
+
+def _measures(node: Node, folders: set[Path]) -> bool:
+    """Whether it is a benchmark of one of the stages, or of a model that was there before."""
+    model = node.parents["model"].node
+    return node.kind == BENCHMARK and (model is None or model.folder in folders)
 
 
 def make_plan(wheel: Wheel, contents: Contents) -> Plan:
@@ -149,7 +159,8 @@ class _Builder:
         self, name: str, kind: str, request: Any, settings: Any, data: dict[str, str], parents: dict[str, Source]
     ) -> Source:
         keys = {role: source.key for role, source in parents.items()}
-        parts = {"kind": kind, "settings": settings, "data": data, "parents": keys}
+        # As JSON gives it back: tuples are lists.
+        parts = json.loads(json.dumps({"kind": kind, "settings": settings, "data": data, "parents": keys}))
         # Where a file lies does not count, only its content and place.
         key = digest({**parts, "data": list(data.values())})
         folder = self.root / f"{kind}-{key}"

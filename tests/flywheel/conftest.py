@@ -25,6 +25,8 @@ def copied(finished: Path, tmp_path: Path) -> Callable[[], Path]:
     def copy() -> Path:
         root = tmp_path / "copy"
         shutil.copytree(finished, root, symlinks=True)
+        recipe = root / "mid.toml"
+        recipe.write_text(recipe.read_text().replace(str(finished), str(root)))
         record = root / "wheel" / "wheel.json"
         content = json.loads(record.read_text())
         record.write_text(json.dumps({**content, "file": str(root / "wheel.toml")}))
