@@ -12,6 +12,7 @@ from typing import Any
 
 from remit_megatron import toml
 from remit_megatron.config import parse_recipe
+from remit_megatron.convert.verify import check_pair
 from remit_megatron.data.manifest import quick_verify, tokenizer_hash
 from remit_megatron.errors import UserError
 from remit_megatron.flywheel.config import STAGES, Arm, Stage, Wheel
@@ -127,6 +128,9 @@ class _Builder:
         found = {}
         for name, text in self.wheel.given.items():
             path = Path(text).absolute()
+            wrong = check_pair(self.plan.base.path, path).wrong
+            if wrong:
+                raise UserError(f"given.{name}: {path} does not do as a reference for the base: {wrong[0]}")
             found[name] = Source(name=f"given {name}", path=path, key=self.contents.model(path, f"given.{name}"))
         return found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from remit_megatron.config import Recipe, dump_toml, parse_recipe
 from remit_megatron.data.files import is_held, write_atomically, writing
+from remit_megatron.data.manifest import quick_verify
 from remit_megatron.errors import UserError
 from remit_megatron.flywheel.graph import MID, Node, Plan
 from remit_megatron.flywheel.process import remit
@@ -34,11 +35,18 @@ LET_GO_S = 20.0
 
 
 def prepare_mid(node: Node, plan: Plan, parents: dict[str, str]) -> None:
-    """stage.json, recipe.toml and work/. parents: role to identity."""
+    """stage.json, recipe.toml and work/. parents: role to identity.
+
+    Raises UserError where the data are others by now.
+    """
+    recipe = recipe_of(node, plan)
+    for source in recipe.data.train:
+        if quick_verify(source.path).fingerprint != node.parts["data"][source.path]:
+            raise UserError(f"{node.name}: {source.path}: its content has changed since the wheel was started")
     request: dict[str, Any] = {"format": 1, "name": node.folder.name, "kind": MID, "parents": parents}
     request |= {"settings": node.parts["settings"], "data": node.parts["data"]}
     write_atomically(node.folder / SPEC, (json.dumps(request, indent=1) + "\n").encode())
-    write_atomically(node.folder / "recipe.toml", dump_toml(recipe_of(node, plan)).encode())
+    write_atomically(node.folder / "recipe.toml", dump_toml(recipe).encode())
     work = node.folder / WORK
     with writing(work):
         work.mkdir(exist_ok=True)

@@ -61,6 +61,9 @@ def test_given_models(root: Path) -> None:
     assert plan(root, given={"rl": str(root / "elsewhere")})["r1-remit-rl"].key == nodes["r1-remit-rl"].key
     wheels.make_base(root / "elsewhere", seed=4)
     assert plan(root, given={"rl": str(root / "elsewhere")})["r1-remit-rl"].key != nodes["r1-remit-rl"].key
+    wheels.make_base(root / "larger", vocab_size=64)
+    with pytest.raises(UserError, match=r"given.rl: .*larger does not do as a reference for the base: vocabulary: 61"):
+        plan(root, given={"rl": str(root / "larger")})
 
 
 @pytest.mark.parametrize(
