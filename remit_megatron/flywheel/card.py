@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron import __version__, toml
-from remit_megatron.data.files import write_atomically
+from remit_megatron.data.files import locked, write_atomically
 from remit_megatron.flywheel.graph import BENCHMARK, MID, Node, Plan
 from remit_megatron.flywheel.state import Record, finished
 from remit_megatron.hf.config import read_json
@@ -26,10 +26,11 @@ def write_card(node: Node, plan: Plan) -> None:
         if model is not None:
             write_card(model, plan)
         return
-    text = card(node, plan).encode()
     path = node.folder / MODEL / CARD
-    if not path.exists() or path.read_bytes() != text:
-        write_atomically(path, text)
+    with locked(node.folder / ".card.lock"):  # benchmarks of one model may end at one time
+        text = card(node, plan).encode()
+        if not path.exists() or path.read_bytes() != text:
+            write_atomically(path, text)
 
 
 def card(node: Node, plan: Plan) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from remit_megatron.data.files import write_atomically
+from remit_megatron.data.files import locked, write_atomically
 from remit_megatron.errors import UserError
 
 PROSE = ".md"
@@ -64,7 +64,8 @@ class Contents:
     def save(self) -> None:
         """Write what was learnt. Raises RunError where it cannot be written."""
         if self._changed:
-            write_atomically(self._memory, json.dumps(self._known).encode())
+            with locked(self._memory.with_name(f"{self._memory.name}.lock")):
+                write_atomically(self._memory, json.dumps(self._known).encode())
             self._changed = False
 
 

@@ -106,6 +106,8 @@ def _verified(source: Source, contents: Contents) -> str:
     """The identity of a parent, whose files have been read and are what its manifest says. Raises UserError else."""
     if source.node is None:
         return contents.model(source.path, source.name)
+    if not is_done(source.node, contents):
+        raise UserError(f"{source.name} is not done: run it first, as `remit flywheel run` without --only does")
     manifest = verify(source.node.folder)
     if source.kept is None:
         return manifest.identity
