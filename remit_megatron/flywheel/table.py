@@ -1,14 +1,14 @@
 """`remit flywheel status`: a line a stage."""
 
 from remit_megatron.flywheel.content import Contents
-from remit_megatron.flywheel.graph import Node, Plan
+from remit_megatron.flywheel.graph import BENCHMARK, Node, Plan
 from remit_megatron.flywheel.run import OLD
 from remit_megatron.flywheel.state import DONE, State, assess
 from remit_megatron.posttrain.contract import read_manifest
 
 HEAD = ("stage", "state", "key", "from", "time", "")
-SHOWN = ("loss", "nll", "correct", "reward", "accuracy", "average")
-"""Figures of a finished stage that the table has, where they are there."""
+SHOWN = ("loss", "nll", "correct")
+"""Figures of a finished stage's last step that the table has, where they are there."""
 
 
 def table(plan: Plan, contents: Contents) -> str:
@@ -29,7 +29,8 @@ def _row(node: Node, state: State) -> tuple[str, ...]:
     if manifest is not None:
         time = _duration(manifest.seconds)
         if state.word == DONE:
-            why = "  ".join(f"{name} {manifest.last[name]:.4g}" for name in SHOWN if name in manifest.last)
+            names = list(manifest.last)[:4] if node.kind == BENCHMARK else [n for n in SHOWN if n in manifest.last]
+            why = "  ".join(f"{name} {manifest.last[name]:.4g}" for name in names)
     parents = ", ".join(source.name for source in node.parents.values())
     return (", ".join(node.names), state.word, node.key, parents, time, why)
 
