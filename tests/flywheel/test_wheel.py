@@ -16,6 +16,7 @@ import pytest
 from remit_megatron.data.files import locked
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.flywheel.config import load_wheel
+from remit_megatron.flywheel.places import run_only
 from remit_megatron.flywheel.run import run_wheel
 from remit_megatron.flywheel.state import lock_of
 from remit_megatron.hf import tokenizer
@@ -284,3 +285,18 @@ def test_report(finished: Path, tmp_path: Path) -> None:
     assert text.count("<figure>") == text.count("</svg>") == 4, "SFT loss, RL correct, mid-training NLL and gap"
     for name in NAMES:
         assert f"<td>{name}</td><td>done</td>" in text
+
+
+def test_only_one_stage(copied: Copied) -> None:
+    """By its name or its folder's; not from a parent that is to be made again, and not under a name that is no more."""
+    root = copied()
+    file, nodes = root / "wheel.toml", wheels.nodes(root / "wheel.toml")
+    shutil.rmtree(nodes["r1-remit-sft"].folder)
+    with pytest.raises(UserError, match="r1-remit-sft is not done: run it first"):
+        shutil.rmtree(nodes["r1-remit-rl"].folder)
+        run_only(file, load_wheel(file), "r1-remit-rl")
+    run_only(file, load_wheel(file), nodes["r1-remit-sft"].folder.name)
+    assert words(file)["r1-remit-sft"] == "done"
+    change(root, "sft", seed=1)
+    with pytest.raises(UserError, match="no such stage in .*; a changed setting or datum gives a stage another key"):
+        run_only(file, load_wheel(file), nodes["r1-remit-sft"].folder.name)
