@@ -1,4 +1,4 @@
-# Two images. `train`, the default, for GPUs: on NVIDIA's PyTorch image, and it keeps its torch, Transformer Engine, Apex.
+# Two images. `train`, the default, for GPUs: on NVIDIA's PyTorch image, whose torch, Transformer Engine and Apex stay.
 # `cpu-smoke`, for any machine: on plain Python or Debian, with everything that `make smoke` needs.
 #
 #   docker build -t remit-megatron .
@@ -19,7 +19,8 @@ WORKDIR /opt/remit_megatron
 # First what changes seldom. The stamp is the Makefile's: its targets find the environment made.
 COPY pyproject.toml ./
 RUN "$(command -v python3.11 || command -v python3)" -m venv .venv \
-    && .venv/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+    && .venv/bin/python -c "import tomllib; \
+        print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
         > /tmp/requirements.txt \
     && .venv/bin/pip install --no-cache-dir -r /tmp/requirements.txt \
     && rm /tmp/requirements.txt
@@ -34,7 +35,10 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/remit_megatron
 COPY pyproject.toml ./
 # torch, Triton and NumPy stay the base image's: its other packages are built against them.
-RUN python -c "import re, tomllib; print(*(d for d in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if re.split('[^a-z]', d)[0] not in ('torch', 'triton', 'numpy')), sep='\n')" \
+RUN python -c "import re, tomllib; \
+        needed = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+        kept = ('torch', 'triton', 'numpy'); \
+        print(*(d for d in needed if re.split('[^a-z]', d)[0] not in kept), sep='\n')" \
         > /tmp/requirements.txt \
     && pip install --no-cache-dir -r /tmp/requirements.txt \
     && rm /tmp/requirements.txt

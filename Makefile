@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup smoke flywheel docker-smoke test test-slow test-slurm test-image lint bench bench-gpu clean
+.PHONY: setup smoke flywheel docker-smoke test test-slow fuzz test-slurm test-image golden lint docs bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 smoke: setup
-	$(BIN)/python -m launch.smoke --out runs/smoke
+	$(BIN)/python -m examples.smoke --out runs/smoke
 
 flywheel: setup
 	$(BIN)/python -c "import trl" 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[post]"
@@ -25,7 +25,7 @@ flywheel: setup
 	$(BIN)/remit flywheel report examples/flywheel/wheel.toml
 
 docker-smoke:
-	launch/container_smoke.sh
+	examples/smoke/container.sh
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,6 +39,10 @@ test: lint
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+# 25,000 broken inputs; FUZZ="--seed N --inputs M --only NAME ..." for others
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(or $(FUZZ),--inputs 25000)
+
 test-slurm: setup
 	bash tests/packages.sh "slurmctld slurmd sbatch munged gcc shellcheck /usr/include/slurm/spank.h" \
 		slurmctld slurmd slurm-client munge libslurm-dev gcc shellcheck
@@ -47,6 +51,14 @@ test-slurm: setup
 test-image: setup
 	bash tests/packages.sh "buildah debootstrap" buildah debootstrap || true  # the test says why it is skipped
 	$(BIN)/python -m pytest -rs -m image tests/image
+
+# The same short runs by a revision and by the working tree, compared bit for bit: make golden BASE=HEAD~3
+golden: setup
+	rm -rf build/golden && git worktree prune && git worktree add --detach build/golden $(BASE)
+	$(BIN)/python -m tests.golden build/golden . ; code=$$?; git worktree remove --force build/golden; exit $$code
+
+docs: setup
+	$(BIN)/zensical build --strict --clean
 
 bench: setup
 	$(BIN)/python -m benchmarks.step --output benchmarks/results/step-$$(hostname -s).json

@@ -47,10 +47,13 @@ run() { # NAME SECONDS MODULE ARGUMENTS...
 }
 
 run loss 180 benchmarks.loss --device $device "${loss[@]}" --out "$results/loss_$gpu.json"
-run step 150 benchmarks.step --device $device "${step[@]}" --arms ntp remit remit-scores --output "$results/step_$gpu.json"
-run "step, FP8 reference" 100 benchmarks.step --device $device "${step[@]}" --arms ntp remit-fp8 --output "$results/step_fp8_$gpu.json"
+run step 150 benchmarks.step --device $device "${step[@]}" --arms ntp remit remit-scores \
+  --output "$results/step_$gpu.json"
+run "step, FP8 reference" 100 benchmarks.step --device $device "${step[@]}" --arms ntp remit-fp8 \
+  --output "$results/step_fp8_$gpu.json"
 if [[ $device == cuda ]]; then
-  run "step, replayed reference" 100 benchmarks.step --device $device --arms ntp remit-graph --output "$results/step_graph_$gpu.json"
+  run "step, replayed reference" 100 benchmarks.step --device $device --arms ntp remit-graph \
+    --output "$results/step_graph_$gpu.json"
 fi
 
 for name in "${failed[@]}"; do

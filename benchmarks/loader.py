@@ -27,10 +27,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from benchmarks.tokenize import machine
+from data_prep.work import claimed
 from data_prep.writer import DatasetWriter
 from remit_megatron.config import Data
-from remit_megatron.data.loader import BatchPlan, make_loader
+from remit_megatron.data.deal import Deal
+from remit_megatron.data.loader import make_loader
 from remit_megatron.data.samples import assemble
+from remit_megatron.data.steps import BatchPlan
 from remit_megatron.mcore.datasets import TrainingData, open_source
 
 EOD = 0
@@ -82,12 +85,13 @@ def make_samples(folder: Path, arguments: argparse.Namespace) -> dict[str, Calla
     generator = np.random.default_rng(0)
     count = arguments.tokens // arguments.document_tokens
     lengths = generator.geometric(1 / arguments.document_tokens, count) + 1
-    writer = DatasetWriter(folder / "data", vocab_size=VOCAB_SIZE)
     tokens = generator.integers(1, VOCAB_SIZE, int(lengths.sum()))
     tokens[np.cumsum(lengths) - 1] = EOD
-    writer.append(tokens, lengths)
-    writer.commit(eod_id=EOD)
     prefix = str(folder / "data")
+    with claimed(prefix) as work:
+        writer = DatasetWriter(prefix, work, vocab_size=VOCAB_SIZE)
+        writer.append(tokens, lengths)
+        writer.commit(eod_id=EOD)
     settings = {"sequence_length": arguments.sequence_length, "train": [{"path": prefix}]}
     data = Data.model_validate(settings)
     total = arguments.steps * arguments.microbatch_samples
@@ -133,11 +137,12 @@ def measure(
         for n in range(arguments.steps * size):
             assert sample(n)["tokens"].shape == (length,)
     else:
-        plan = BatchPlan(first_sample=0, num_steps=arguments.steps, num_microbatches=1, microbatch_samples=size)
+        deal = Deal(microbatch_samples=size)
+        plan = BatchPlan(first_sample=0, num_steps=arguments.steps, num_microbatches=1, deal=deal)
         loader = make_loader(loader_name, sample, plan, device=torch.device(arguments.device))
         waits = []
         for step in loader:
-            assert step.microbatches[0]["tokens"].shape == (size, length)
+            assert step.microbatches[0].tokens.shape == (size, length)
             waits.append(step.wait_ms)
         loader.close()
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.loss_providers import NLL, PROVIDERS, reader
 from remit_megatron.errors import RemitError, RunError, UserError
-from remit_megatron.ops import reference
+from remit_megatron.ops import spec
 from remit_megatron.ops.fp8 import quantise_rows
 from remit_megatron.ops.implementation import describe_implementation
 from remit_megatron.ops.linear_nll import linear_nll
@@ -75,7 +75,7 @@ def errors_against_float64(nll_of: NLL, device: str) -> dict[str, float]:
     """Relative errors of NLL and gradient on a small case; a provider that drops or permutes weights shows here."""
     case = Setting(device, tokens=64, vocab=1000, hidden=8, chunk_tokens=64)
     exact = case.logits.double().requires_grad_()
-    want = reference.token_nll(exact, case.labels)
+    want = spec.token_nll(exact, case.labels)
     want.backward(case.weights.double())
     logits = case.logits.clone().requires_grad_()
     nll = nll_of(logits * 1, case.labels)

@@ -41,12 +41,14 @@ import torch.multiprocessing
 
 from benchmarks.step_figures import CPU_LIMITS, LIMITS, Times, figures, spread, verdict
 from benchmarks.step_scorer import Queue, own_part, random_batches
+from remit_megatron import flops
 from remit_megatron.config import Optimizer, Parallel, Schedule
+from remit_megatron.data.microbatch import Scores
+from remit_megatron.device import resolve_device
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import compat, platform
 from remit_megatron.objectives import KD, NTP, Remit, Rho1
 from remit_megatron.shape import ModelShape
-from remit_megatron.train import flops
 
 ARMS = ("ntp", "remit", "remit-fp8", "remit-graph", "remit-scores", "remit-queued", "rho1", "kd")
 CPU_ARMS = ("ntp", "remit", "remit-scores", "remit-queued", "rho1", "kd")
@@ -154,7 +156,7 @@ class Bench:
 
     def step(self, arm: str) -> Times:
         from remit_megatron.mcore import fp8, optim
-        from remit_megatron.mcore.step import run_schedule
+        from remit_megatron.mcore.passes import run_schedule
 
         self.steps += 1
         if arm == "remit-queued" and self.queue:
@@ -162,22 +164,21 @@ class Bench:
             seed = self.queue.step
         else:
             seed = 1_000_000 + self.steps
-        batches = own_part(self.setting, random_batches(self.setting, self.device, seed))
+        batches = list(own_part(self.setting, random_batches(self.setting, self.device, seed)))
         forward_step = self.arms[arm]
         if arm == "remit-scores":
-            for batch in batches:
-                batch["ref_nll"] = torch.rand_like(batch["loss_mask"]) * 12
+            batches = [one.with_scores(Scores(ref_nll=torch.rand_like(one.loss_mask) * 12)) for one in batches]
         if dist.get_world_size() > 1:
             dist.barrier()
         started = self._mark()
         optim.zero_grads(self.chunks, self.optimizer)
         score = 0.0, 0.0
         if arm == "remit-queued" and self.queue:
-            self.queue.fill(batches)
+            batches = self.queue.fill(batches)
         if arm in SCORED:
             begun = self._mark()
             with contextlib.nullcontext() if arm == "remit-fp8" else fp8.disabled(self.products):
-                forward_step.score(batches)
+                batches = forward_step.scored(batches)
             score = _seconds(begun, self._mark())
         run_schedule(forward_step, batches, self.chunks, forward_only=False)
         optim.optimizer_step(self.optimizer, 1.0)
@@ -298,7 +299,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Raises UserError where the options do not go together, or the device cannot do what they ask."""
     scored = options.scored_trainers or options.trainers
-    if platform.resolve_device(options.device) == "cuda":
+    if resolve_device(options.device) == "cuda":
         if options.trainers > 1:
             raise UserError("--trainers: more than one is for a CPU")
         if "remit-queued" in (options.arms or ()):

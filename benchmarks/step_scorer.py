@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Parallel
+from remit_megatron.data.microbatch import Microbatch, Scores
 from remit_megatron.mcore import platform
-from remit_megatron.objectives import NTP
-from remit_megatron.reference.score_manifest import CacheManifest
-from remit_megatron.reference.score_queue import QueueManifest, RunSide, ScorerSide, write_step
+from remit_megatron.scores.manifest import CacheManifest
+from remit_megatron.scores.queue import QueueManifest, RunSide, ScorerSide, write_step
 
 AHEAD_STEPS = 4
 POLL_S = 0.01
@@ -38,8 +38,8 @@ class Queue:
         while not (self.folder / "scorer.json").exists():
             time.sleep(POLL_S)
 
-    def fill(self, batches: list[dict[str, torch.Tensor]]) -> None:
-        """Put a step's scores into this rank's part of the batches made by `random_batches` with its number."""
+    def fill(self, batches: list[Microbatch]) -> list[Microbatch]:
+        """This rank's part of the microbatches made by `random_batches` with the step's number, with its scores."""
         begun = time.perf_counter()
         scores = torch.empty(_step_samples(self.setting), self.setting["sequence_length"])
         if dist.get_rank() == 0:
@@ -52,8 +52,9 @@ class Queue:
         if dist.get_world_size() > 1:
             dist.broadcast(scores, src=0)
         self.waits.append(time.perf_counter() - begun)
-        for batch, part in zip(batches, own_part(self.setting, scores.split(len(batches[0]["tokens"]))), strict=True):
-            batch["ref_nll"] = part.to(batch["tokens"].device)
+        parts = own_part(self.setting, scores.split(batches[0].num_samples))
+        filled = [Scores(ref_nll=part.to(batches[0].tokens.device)) for part in parts]
+        return [one.with_scores(found) for one, found in zip(batches, filled, strict=True)]
 
     def close(self) -> None:
         if dist.get_rank() == 0:
@@ -62,15 +63,16 @@ class Queue:
             shutil.rmtree(self.folder)
 
 
-def random_batches(setting: dict[str, Any], device: torch.device, seed: int) -> list[dict[str, torch.Tensor]]:
+def random_batches(setting: dict[str, Any], device: torch.device, seed: int) -> list[Microbatch]:
     """A step's microbatches of random tokens, those of all trainers that the scorer serves."""
     generator = torch.Generator().manual_seed(seed)
     shape = (setting["microbatch_samples"], setting["sequence_length"] + 1)
     batches = []
     for _ in range(setting["num_microbatches"] * setting["scored_trainers"]):
         text = torch.randint(setting["shape"].vocab_size, shape, generator=generator)
-        one = {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": torch.ones(shape[0], shape[1] - 1)}
-        batches.append({key: value.contiguous().to(device) for key, value in one.items()})
+        tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+        one = Microbatch(tokens=tokens, labels=labels, loss_mask=torch.ones(shape[0], shape[1] - 1))
+        batches.append(one.to(device))
     return batches
 
 
@@ -105,9 +107,9 @@ def _manifest(setting: dict[str, Any]) -> QueueManifest:
 
 
 def _serve(folder: Path, setting: dict[str, Any]) -> None:
+    from remit_megatron.mcore import passes
     from remit_megatron.mcore.groups import initialize_groups
     from remit_megatron.mcore.model import Build, build_chunks
-    from remit_megatron.mcore.step import make_forward_step
 
     device = platform.activate("cpu")
     torch.set_num_threads(1)
@@ -116,13 +118,13 @@ def _serve(folder: Path, setting: dict[str, Any]) -> None:
     build = Build(device=device, dtype=torch.float32)
     length = setting["sequence_length"]
     chunks, _ = build_chunks(setting["shape"], Parallel(), build, max_sequence_length=length, scorer=True)
-    step_of, side = make_forward_step(NTP(), groups=groups), ScorerSide(folder, _manifest(setting), AHEAD_STEPS)
+    side = ScorerSide(folder, _manifest(setting), AHEAD_STEPS)
     while True:
         step, _ = side.next()
         if step is None:
             time.sleep(POLL_S)
             continue
         batches = random_batches(setting, device, step)
-        scores = torch.cat(step_of.nll_of(chunks, batches))
+        scores = torch.cat(passes.nll(chunks, batches, groups))
         write_step(folder, step, side.manifest, _samples(setting, step), scores.numpy())
         side.announce(step)

@@ -1,29 +1,30 @@
 """Joins parts in order into one dataset while workers go on, keeping its place on disk.
 
-The output grows in the work folder; `state.json` says how much of it is certain. After a crash the files are cut back
-to that, so the result does not depend on interruptions. Parts are deleted once they are certain, so that the disk holds
-the tokens once, not twice.
+The output grows in the work folder; `state.json` says how much of it is certain, and has checksums of it. After a crash
+the files are cut back to that, so the result does not depend on interruptions. Parts are deleted once they are certain,
+so that the disk holds the tokens once, not twice.
 """
 
 import json
 import os
-import shutil
+import sys
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from data_prep.parts import Footer, part_path, read_footer
+from data_prep.parts import COPY_BYTES, Footer, is_whole, part_path, read_footer
+from data_prep.work import STATE, publish, write_commit
 from data_prep.worker import describe_bad, too_many_bad
-from data_prep.writer import BlockHasher, publish, write_index
-from remit_megatron.data.files import close_quietly, write_atomically, writing
+from data_prep.writer import BlockHasher, write_index
+from remit_megatron.data.checksums import read_record, write_record
+from remit_megatron.data.files import close_quietly, writing
 from remit_megatron.data.manifest import Manifest, tool_name
 from remit_megatron.errors import RunError, UserError
 
 CHECKPOINT_BYTES = 1 << 30
-COPY_BYTES = 1 << 20
-STATE = "state.json"
 COUNTS = ("num_tokens", "num_documents", "num_empty", "num_bad", "size", "disk_bytes", "bin_bytes", "bad_bytes")
 
 
@@ -47,6 +48,8 @@ class State:
     bad_bytes: int = 0
     blocks: list[str] = field(default_factory=list)
     """SHA-256 of the full blocks of .bin so far."""
+    sums: dict[str, str] | None = None
+    """SHA-256 of the block of .bin that is not full, CRC-32 of the other files; None in what older versions wrote."""
 
 
 class Assembler:
@@ -59,8 +62,7 @@ class Assembler:
         self.dtype = dtype
         self.max_bad = max_bad
         self.paths = {name: folder / f"all.{name}" for name in ("bin", "len", "bad")}
-        self._state_path = folder / STATE
-        self.state = State(**json.loads(self._state_path.read_text())) if self._state_path.exists() else State()
+        self.state = read_state(folder)
         self.hasher = BlockHasher()
         self.hasher.finished = list(self.state.blocks)
         self._uncertain: list[Path] = []
@@ -75,13 +77,39 @@ class Assembler:
                 self._files[name] = open(path, "r+b")  # noqa: SIM115 - closed by close
                 self._files[name].truncate(sizes[name])
                 self._files[name].seek(sizes[name])
-        self._hash_unfinished_block()
+        self._crc32 = dict.fromkeys(("len", "bad"), 0)
+        for name in self.paths:
+            self._read_again(name)
+        if self.state.sums not in (None, self._sums()):
+            raise RunError(f"{folder}: what is done has changed on the disk; delete the folder and start again")
+        self._drop_damaged_parts()
 
-    def _hash_unfinished_block(self) -> None:
-        with open(self.paths["bin"], "rb") as file:
-            file.seek(len(self.hasher.finished) * self.hasher.block_bytes)
+    def _read_again(self, name: str) -> None:
+        """Go over what an earlier start wrote: checksums cannot be continued, only made anew."""
+        with open(self.paths[name], "rb") as file:
+            if name == "bin":
+                file.seek(len(self.hasher.finished) * self.hasher.block_bytes)
             while piece := file.read(COPY_BYTES):
-                self.hasher.update(memoryview(piece))
+                self._count(name, piece)
+
+    def _count(self, name: str, piece: bytes) -> None:
+        if name == "bin":
+            self.hasher.update(memoryview(piece))
+        else:
+            self._crc32[name] = zlib.crc32(piece, self._crc32[name])
+
+    def _sums(self) -> dict[str, str]:
+        """Of what the checksums of full blocks do not cover."""
+        unfinished = self.hasher.digests()[len(self.hasher.finished) :]
+        return {"bin": unfinished[0] if unfinished else "", **{k: f"{v:08x}" for k, v in self._crc32.items()}}
+
+    def _drop_damaged_parts(self) -> None:
+        """Parts are made again where they are not what a worker wrote. To be done before workers look for them."""
+        for path in sorted(self.folder.glob("*.part")):
+            if not is_whole(path):
+                print(f"{path}: damaged, or of another version: made again", file=sys.stderr, flush=True)
+                with writing(path):
+                    path.unlink()
 
     @property
     def done(self) -> bool:
@@ -99,6 +127,8 @@ class Assembler:
                 self.checkpoint()
 
     def _append(self, path: Path, footer: Footer) -> None:
+        if not is_whole(path):
+            raise RunError(f"{path}: changed on the disk after it was written; start the same command again")
         with open(path, "rb") as part, writing(self.paths["bin"]):
             self._copy(part, footer.bin_bytes, "bin")
             self._copy(part, 4 * footer.num_documents, "len")
@@ -121,8 +151,7 @@ class Assembler:
             piece = part.read(min(size, COPY_BYTES))
             assert piece, "a part is shorter than its footer says"
             self._files[name].write(piece)
-            if name == "bin":
-                self.hasher.update(memoryview(piece))
+            self._count(name, piece)
             size -= len(piece)
 
     def checkpoint(self) -> None:
@@ -132,7 +161,8 @@ class Assembler:
                 file.flush()
                 os.fsync(file.fileno())
         self.state.blocks = list(self.hasher.finished)
-        write_atomically(self._state_path, json.dumps(asdict(self.state)).encode())
+        self.state.sums = self._sums()
+        write_record(self.folder / STATE, asdict(self.state))
         for path in self._uncertain:
             path.unlink(missing_ok=True)
         self._uncertain, self._uncertain_bytes = [], 0
@@ -178,39 +208,25 @@ class Assembler:
             idx_sha256=idx_sha256,
             **identity,
         )
-        write_atomically(self.folder / "commit.json", manifest.model_dump_json().encode())
-        return finish(prefix, self.folder)
+        write_commit(self.folder, manifest)
+        return publish(prefix, self.folder)
 
 
-def finish(prefix: str, folder: Path) -> Manifest:
-    """Publish a dataset that is complete in its work folder, from whatever point an earlier try reached."""
-    manifest = Manifest.model_validate_json((folder / "commit.json").read_bytes())
-    bad, target = folder / "all.bad", Path(f"{prefix}.bad.jsonl")
-    with writing(target):
-        if bad.exists() and bad.stat().st_size:
-            os.replace(bad, target)
-        elif bad.exists():
-            target.unlink(missing_ok=True)
-    publish(prefix, folder / "all.bin", folder / "all.idx", manifest)
-    remove_folder(folder)
-    return manifest
+def read_state(folder: Path) -> State:
+    """How far the work in a folder has come. Raises UserError for a damaged journal."""
+    path = folder / STATE
+    if not path.exists():
+        return State()
+    remedy = f"delete the folder {folder} and start again"
+    try:
+        return State(**read_record(path, remedy, unbound=True))
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; {remedy}") from None
 
 
 def holds_tokens(folder: Path) -> bool:
     """Whether a work folder has anything that would have to be made again."""
-    journal = folder / STATE
-    if journal.exists() and State(**json.loads(journal.read_text())).num_tokens:
+    if read_state(folder).num_tokens:
         return True
     footers = (read_footer(path) for path in folder.glob("*.part"))
     return any(footer is not None and footer.num_tokens for footer in footers)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a work folder; under its own name it is there whole or not at all."""
-    finished = Path(f"{folder}.done")
-    if folder.exists():
-        if finished.exists():
-            shutil.rmtree(finished)
-        os.replace(folder, finished)
-    if finished.exists():
-        shutil.rmtree(finished)

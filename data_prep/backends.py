@@ -2,14 +2,17 @@
 
 `tokenizers` defines what is right. gigatoken is 30 times faster and reproduces it for most byte-level and
 SentencePiece-style BPE; `choose_backend` uses it only after comparing both on the input itself, on the added tokens,
-and on characters of every kind.
+and on characters of every kind. Texts with a character on which they differ are left to `tokenizers`.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +21,20 @@ import numpy as np
 
 from remit_megatron.data.manifest import tokenizer_hash
 from remit_megatron.errors import UserError
+from remit_megatron.outside import quote, read_bytes, read_object
 
+CACHE_BYTES = 128 << 20
+"""gigatoken keeps every word that it has seen. When this much memory has gone into that, it begins anew."""
+LOOK_BYTES = 1 << 20
+"""After so much text it is looked how much that is."""
 CHECK_CHARACTERS = 1 << 16
 """Of a document, as much as this is compared: `tokenizers` needs over 100 bytes of memory for each byte of text."""
 HF_BATCH_BYTES = 1 << 20
 LARGE_BYTES = 1 << 22
 """Texts from this size on are encoded one by one, which needs half the memory of a batch."""
+
+MAX_EXACT = 2000
+"""gigatoken is not used where it differs on more characters than these."""
 
 HOSTILE_TEXTS = (
     "",
@@ -66,7 +77,7 @@ class TokenizerFile:
     content: str
     vocab_size: int
     """Largest id + 1, added tokens included."""
-    added_tokens: dict[str, int]
+    added_tokens: dict[str, int] = field(hash=False)
 
     @staticmethod
     def load(path: str | Path) -> "TokenizerFile":
@@ -78,7 +89,7 @@ class TokenizerFile:
                 "(transformers writes one with save_pretrained for every fast tokenizer)"
             )
         digest = tokenizer_hash(file)
-        content = file.read_text(encoding="utf-8")
+        content = read_bytes(file).decode("utf-8")
         tokenizer = _load_hf(content, file)
         ids = tokenizer.get_vocab(with_added_tokens=True)
         added = {token["content"]: token["id"] for token in json.loads(content).get("added_tokens", [])}
@@ -100,12 +111,12 @@ class TokenizerFile:
     def _configured_eos(self) -> str | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             config = self.path.parent / name
-            try:
-                eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{config}: no valid JSON object: {error}") from None
+            eos = read_object(config).get("eos_token") if config.is_file() else None
+            eos = eos.get("content") if isinstance(eos, dict) else eos
+            if eos is not None and not isinstance(eos, str):
+                raise UserError(f"{config}: eos_token is {quote(repr(eos))}, no text: name the token with --eod-token")
             if eos:
-                return eos.get("content") if isinstance(eos, dict) else eos
+                return eos
         return None
 
 
@@ -149,13 +160,31 @@ class Gigatoken:
         except ImportError:
             raise UserError("gigatoken is not installed: pip install 'remit-megatron[data]'") from None
         self.version = importlib.metadata.version("gigatoken")
+        self._file = file
+        self._load = gigatoken.Tokenizer.from_json
+        self._tokenizer: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Load the tokenizer with an empty cache, the old one gone first."""
+        self._tokenizer = None
         try:
-            self._tokenizer = gigatoken.Tokenizer.from_json(file.content)
+            self._tokenizer = self._load(self._file.content)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"gigatoken cannot load {file.path}: {str(error).splitlines()[0][:200]}") from None
+            raise UserError(f"gigatoken cannot load {self._file.path}: {quote(str(error).splitlines()[0])}") from None
+        self._resident, self._until_look = resident_bytes(), LOOK_BYTES
+
+    def _bound_cache(self, texts: Sequence[str | bytes]) -> None:
+        self._until_look -= sum(map(len, texts))
+        if self._until_look > 0:
+            return
+        self._until_look = LOOK_BYTES
+        if resident_bytes() - self._resident > CACHE_BYTES:
+            self._begin()
 
     def encode(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         """See Backend."""
+        self._bound_cache(texts)
         if len(texts) == 1 and len(texts[0]) >= LARGE_BYTES:
             ids = self._tokenizer.encode(texts[0])
             return ids, np.array([len(ids)], dtype=np.int64)
@@ -168,6 +197,12 @@ class Gigatoken:
         return np.asarray(layout.content.data)[: offsets[-1]], np.diff(offsets)
 
 
+def resident_bytes() -> int:
+    """Memory of this process, pages of mapped files included."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 def backend_version(name: str) -> str:
     return f"{name} {importlib.metadata.version(name)}"
 
@@ -176,22 +211,76 @@ def open_backend(name: str, file: TokenizerFile) -> Backend:
     return Gigatoken(file) if name == "gigatoken" else HuggingFace(file)
 
 
-def choose_backend(wanted: str, file: TokenizerFile, sample: Sequence[str]) -> tuple[str, str]:
-    """(backend, why) after comparing gigatoken with `tokenizers` on hostile texts and on a sample of the input.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The library that does the work."""
+
+    backend: str
+    why: str
+    exact: str = ""
+    """Characters on which gigatoken differs: texts with one of them are encoded by `tokenizers`."""
+
+
+def choose_backend(wanted: str, file: TokenizerFile, sample: Sequence[str]) -> Choice:
+    """Compare gigatoken with `tokenizers` on hostile texts, on characters and on a sample of the input.
 
     Raises UserError where `wanted` is gigatoken and it cannot be used.
     """
     if wanted == "tokenizers":
-        return "tokenizers", "asked for"
+        return Choice("tokenizers", "asked for")
     try:
-        difference = first_difference(file, [*HOSTILE_TEXTS, *added_token_texts(file), *character_texts(), *sample])
+        difference, exact = _compare_on_characters(file)
+        found = holder(exact)
+        difference = difference or first_difference(file, [text for text in sample if not found(text)])
     except UserError as error:
-        difference = str(error)
+        difference, exact = str(error), ""
     if difference is None:
-        return "gigatoken", f"equal to tokenizers on {len(sample)} documents of the input and on the hostile texts"
+        apart = f"; texts with one of {len(exact)} rare characters go to tokenizers" if exact else ""
+        equal = f"equal to tokenizers on {len(sample)} documents of the input and on the hostile texts"
+        return Choice("gigatoken", equal + apart, exact)
     if wanted == "gigatoken":
         raise UserError(f"--backend gigatoken: {difference}; use --backend auto or tokenizers")
-    return "tokenizers", difference
+    return Choice("tokenizers", difference)
+
+
+@functools.lru_cache(maxsize=8)
+def _compare_on_characters(file: TokenizerFile) -> tuple[str | None, str]:
+    """(the first difference that no list of characters avoids, characters to avoid), the same for every input."""
+    fast, right = Gigatoken(file), HuggingFace(file)
+    characters = hostile_characters()
+    exact = ""
+    for start in range(0, len(characters), 64):
+        some = [around(c) for c in characters[start : start + 64]]
+        if not np.array_equal(fast.encode(["".join(some)])[0], right.encode(["".join(some)])[0]):
+            apart = zip(characters[start:], _encode_apart(fast, some), _encode_apart(right, some), strict=False)
+            exact += "".join(c for c, ids, right_ids in apart if not np.array_equal(ids, right_ids))
+    # A normalizer joins characters, so what differs in one place may differ in others.
+    is_local = json.loads(file.content).get("normalizer") is None and len(exact) <= MAX_EXACT
+    avoided = set(exact) if is_local else set()
+    runs = "".join(c for c in characters if c not in avoided)
+    texts = [*HOSTILE_TEXTS, *added_token_texts(file), *(around(c) for c in exact if c not in avoided)]
+    texts += [runs[start : start + 1000] for start in range(0, len(runs), 1000)]
+    return first_difference(file, texts), exact if is_local else ""
+
+
+def _encode_apart(backend: Backend, texts: Sequence[str]) -> list[np.ndarray]:
+    ids, lengths = backend.encode(texts)
+    return np.split(ids, np.cumsum(lengths)[:-1])
+
+
+def holder(characters: str) -> Callable[[str | bytes], bool]:
+    """A function that tells whether a text (bytes: UTF-8) holds one of some characters."""
+    if not characters:
+        return lambda text: False
+    search = re.compile(f"[{re.escape(characters)}]").search
+    leads = {c.encode()[:2] for c in characters}
+
+    def holds(text: str | bytes) -> bool:
+        if isinstance(text, bytes):
+            return any(lead in text for lead in leads) and search(text.decode()) is not None
+        return not text.isascii() and search(text) is not None
+
+    return holds
 
 
 def first_difference(file: TokenizerFile, texts: Sequence[str]) -> str | None:
@@ -234,11 +323,22 @@ def added_token_texts(file: TokenizerFile) -> list[str]:
     return [f"a{token}b {token} \n{token}{token}" for token in sorted(file.added_tokens)[:200]]
 
 
-def character_texts() -> list[str]:
-    """Every character below U+20000 but surrogates, CJK, Hangul and private use, which behave alike."""
+def hostile_characters() -> str:
+    """Characters whose class differs between versions of Unicode, and more: all below U+20000 but surrogates and long
+    runs of one kind (CJK, Hangul, private use), of which, as of what lies above, every 31st is here."""
     kinds = ((1, 0x3440), (0x4DC0, 0x4E40), (0xA000, 0xAC40), (0xD7A4, 0xD800), (0xF900, 0x17040), (0x18D00, 0x20000))
-    text = "".join(map(chr, chain.from_iterable(range(low, high) for low, high in kinds)))
-    return [text[start : start + 1000] for start in range(0, len(text), 1000)]
+    codes = set(chain.from_iterable(range(low, high) for low, high in kinds))
+    codes.update(code for code in range(0, 0x40000, 31) if not 0xD800 <= code < 0xE000)
+    codes.update((*range(0x2F800, 0x2FA20), *range(0xE0000, 0xE01F0), 0xF0000, 0x10FFFD))
+    return "".join(map(chr, sorted(codes)))
+
+
+def around(c: str) -> str:
+    """A character bare, after a space, a letter, a digit and a sign, before a letter and a line's end, and twice.
+
+    With a tokenizer of many merges, a character of another class is another split in one of these places.
+    """
+    return f"{c} {c}x{c}1{c}.{c}{c} a{c}\n"
 
 
 def limit_threads() -> None:
@@ -253,7 +353,7 @@ def _load_hf(content: str, path: Path) -> Any:
     try:
         tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception for every malformed file
-        raise UserError(f"{path}: `tokenizers` cannot load it: {error}") from None
+        raise UserError(f"{path}: `tokenizers` cannot load it: {quote(str(error))}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

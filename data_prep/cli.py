@@ -25,15 +25,19 @@ def add_parser(subparsers: Any) -> None:
 def main() -> int:
     """Entry point of `python -m data_prep.cli`, for workers and job arrays that need no training stack."""
     from remit_megatron.errors import RemitError
+    from remit_megatron.processes import while_read
 
-    parser = argparse.ArgumentParser(prog="remit")
-    add_parser(parser.add_subparsers(required=True))
-    arguments = parser.parse_args()
-    try:
-        return int(arguments.func(arguments) or 0)
-    except RemitError as error:
-        print(f"remit: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    def run() -> int:
+        parser = argparse.ArgumentParser(prog="remit")
+        add_parser(parser.add_subparsers(required=True))
+        arguments = parser.parse_args()
+        try:
+            return int(arguments.func(arguments) or 0)
+        except RemitError as error:
+            print(f"remit: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+
+    return while_read(run)
 
 
 def _add_tokenize(commands: Any) -> None:
@@ -54,6 +58,9 @@ def _add_tokenize(commands: Any) -> None:
         "--max-document-mib", type=positive, help="longer ones are put aside; default: 64, or 2 where memory needs it"
     )
     parser.add_argument("--backend", choices=("auto", "gigatoken", "tokenizers"), default="auto")
+    parser.add_argument(
+        "--skip-unknown", action="store_true", help="leave out files of a kind that is not read, and say which"
+    )
     parser.add_argument("--shard", type=shard, metavar="I/N", help="only piece I (from 0) of N, for job arrays")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of that name")
     parser.set_defaults(func=_tokenize)
@@ -115,7 +122,7 @@ def _tokenize(arguments: argparse.Namespace) -> int:
     from data_prep.tokenize import TokenizeSettings, tokenize
 
     fields = ("inputs", "tokenizer", "output", "workers", "text_key", "append_eod", "eod_token", "vocab_size",
-              "text_lines", "max_bad", "max_document_mib", "backend", "shard", "overwrite")  # fmt: skip
+              "text_lines", "max_bad", "max_document_mib", "backend", "shard", "overwrite", "skip_unknown")  # fmt: skip
     tokenize(TokenizeSettings(**{name: getattr(arguments, name) for name in fields}))
     return 0
 

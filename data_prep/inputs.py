@@ -9,23 +9,32 @@ import hashlib
 import importlib
 import os
 from dataclasses import asdict, dataclass
-from itertools import compress, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from data_prep.folders import (
+    NOWHERE,
+    SPECIAL,
+    SUFFIXES,
+    UNKNOWN,
+    Entry,
+    check_one_split,
+    is_saved_dataset,
+    refuse_unread,
+    suffix_of,
+    walk,
+)
 from remit_megatron.errors import UserError
+from remit_megatron.outside import quote
 
 TASK_BYTES = 32 << 20
-SUFFIXES = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
-    ".jsonl.gz": "jsonl.gz", ".ndjson.gz": "jsonl.gz", ".json.gz": "jsonl.gz",
-    ".jsonl.zst": "jsonl.zst", ".ndjson.zst": "jsonl.zst", ".json.zst": "jsonl.zst",
-    ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text",
-}  # fmt: skip
-CARDS = ("README.md", "dataset_infos.json", "dataset_info.json")
-"""What describes a dataset in its folder: no input where the folder holds data of another kind than plain text."""
-WORK_SUFFIX = ".parts"
-OUR_SUFFIXES = (".manifest.json", ".bad.jsonl", ".select.json")
+SMALLEST_TASK_BYTES = 1 << 20
+TASKS = 64
+"""Into so many pieces a smaller input is cut, so that every worker has some."""
+HEAD_BYTES = 4096
+WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
+"""How files of UTF-16 and UTF-32 begin."""
 WHOLE_JSON_BYTES = 64 << 20
 HUB_PREFIX = "hf:"
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
@@ -70,11 +79,33 @@ class Task:
         return asdict(self)
 
 
-def expand_inputs(names: list[str], *, text_lines: bool = False) -> list[Input]:
-    """Inputs in the order given, each folder or glob sorted by path. Raises UserError for what cannot be read."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the names given led to."""
+
+    inputs: list[Input]
+    left_out: list[Entry]
+
+
+def expand_inputs(names: list[str], *, text_lines: bool = False, skip_unknown: bool = False) -> Found:
+    """Inputs in the order given, each folder or glob sorted by path, and what was left out on the way.
+
+    skip_unknown: leave out what is no kind of file that is read. Raises UserError for what cannot be read.
+    """
     found: list[Input] = []
+    left_out: list[Entry] = []
     for name in names:
-        found.extend(_expand(name, text_lines))
+        entries = _expand(name)
+        if not skip_unknown:
+            refuse_unread(entries, quote(name))
+        left_out.extend(entry for entry in entries if entry.left_out is not None)
+        found.extend(_open(entry.path, text_lines) for entry in entries if entry.left_out is None)
+    if not found:
+        count = len(left_out)
+        raise UserError(
+            f"{', '.join(map(quote, names))}: holds no file with one of the endings {', '.join(SUFFIXES)}"
+            + (f"; {count:,} left out, such as {left_out[0].path} ({left_out[0].left_out})" if count else "")
+        )
     seen: dict[str, str] = {}
     for item in found:
         real = item.path if item.kind == "hub" else os.path.realpath(item.path)
@@ -82,7 +113,13 @@ def expand_inputs(names: list[str], *, text_lines: bool = False) -> list[Input]:
             also = f" (also as {seen[real]})" if seen[real] != item.path else ""
             raise UserError(f"{item.path}: named twice among the inputs{also}; its documents would count twice")
         seen[real] = item.path
-    return found
+    return Found(found, left_out)
+
+
+def task_size(inputs: list[Input]) -> int:
+    """Bytes of a piece of a file of lines: of the input alone, so that shards and restarts cut alike."""
+    total = sum(source.size for source in inputs if source.kind in ("jsonl", "lines"))
+    return min(TASK_BYTES, max(SMALLEST_TASK_BYTES, total // TASKS))
 
 
 def plan_tasks(inputs: list[Input], task_bytes: int, text_key: str) -> list[Task]:
@@ -165,88 +202,67 @@ def open_hub(name: str) -> Any:
         raise UserError(f"{name}: the dataset cannot be opened: {str(error).splitlines()[0]}") from None
 
 
-def _expand(name: str, text_lines: bool) -> list[Input]:
+def _expand(name: str) -> list[Entry]:
+    """The files that a name stands for, by path; a dataset on the hub stands for itself."""
     if name.startswith(HUB_PREFIX):
-        return [Input(name, "hub", 0, 0)]
+        return [Entry(Path(name))]
     path = Path(name)
+    try:
+        if not path.exists():
+            matches = sorted(glob.glob(name, recursive=True))
+            if not matches:
+                raise UserError(
+                    f"{quote(name)}: no such file, folder or match; a dataset on the hub is written "
+                    "hf:NAME[@CONFIG][:SPLIT]"
+                )
+            return [
+                entry
+                for match in matches
+                for entry in (_expand(match) if os.path.exists(match) else [Entry(Path(match), NOWHERE)])
+            ]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{quote(name)}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not path.is_dir():
+        return [Entry(path, None if path.is_file() and suffix_of(path) else UNKNOWN if path.is_file() else SPECIAL)]
+    check_one_split(path)
+    return [Entry(path)] if is_saved_dataset(path) else walk(path)
+
+
+def _open(path: Path, text_lines: bool) -> Input:
+    """An input of what is known to be there. Raises UserError where it cannot be opened or is no UTF-8."""
+    if str(path).startswith(HUB_PREFIX):
+        return Input(str(path), "hub", 0, 0)
     if path.is_dir():
-        return _expand_folder(path, text_lines)
-    if path.exists():
-        return [_input(path, _kind(path, text_lines))]
-    matches = sorted(glob.glob(name, recursive=True))
-    if not matches:
-        raise UserError(
-            f"{name}: no such file, folder or match; a dataset on the hub is written hf:NAME[@CONFIG][:SPLIT]"
-        )
-    return [item for match in matches for item in _expand(match, text_lines)]
-
-
-def _expand_folder(path: Path, text_lines: bool) -> list[Input]:
-    if (path / "dataset_dict.json").exists():
-        splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
-        raise UserError(f"{path}: a saved dataset of several splits; name one of them: {splits}")
-    if (path / "state.json").exists() and (path / "dataset_info.json").exists():
-        files = sorted(path.glob("*.arrow"))
-        stats = [file.stat() for file in files]
-        return [
-            Input(str(path), "arrow", sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0))
-        ]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) and not _is_ours_or_hidden(p, path))
-    kinds = [_kind(file, text_lines) for file in files]
-    if any(kind not in ("text", "lines") and file.name not in CARDS for file, kind in zip(files, kinds, strict=True)):
-        kept = [file.name not in CARDS for file in files]
-        files, kinds = list(compress(files, kept)), list(compress(kinds, kept))
-    if not files:
-        raise UserError(f"{path}: holds no file with one of the endings {', '.join(SUFFIXES)}")
-    return [_input(file, kind) for file, kind in zip(files, kinds, strict=True)]
-
-
-def _is_ours_or_hidden(path: Path, root: Path) -> bool:
-    """What this tool wrote into the folder that it reads, and hidden files: no input."""
-    if path.name.startswith(".") or any(part.endswith(WORK_SUFFIX) for part in path.relative_to(root).parts[:-1]):
-        return True
-    prefixes = [str(path).removesuffix(ending) for ending in OUR_SUFFIXES if path.name.endswith(ending)]
-    return any(os.path.exists(f"{prefix}{ending}") for prefix in prefixes for ending in (".idx", WORK_SUFFIX))
-
-
-def _suffix(path: Path) -> str | None:
-    name = path.name.lower()
-    return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
-
-
-def _kind(path: Path, text_lines: bool) -> str:
-    suffix = _suffix(path)
-    if suffix is None:
-        raise UserError(f"{path}: unknown ending; known are {', '.join(SUFFIXES)}")
-    kind = SUFFIXES[suffix]
-    if suffix == ".json" and _is_one_value(path):
-        return "json"
-    return "lines" if kind == "text" and text_lines else kind
-
-
-def _is_one_value(path: Path) -> bool:
-    """Whether a .json file is an array, or an object over several lines, rather than an object a line."""
+        stats = [file.stat() for file in sorted(path.glob("*.arrow"))]
+        newest = max((s.st_mtime_ns for s in stats), default=0)
+        return Input(str(path), "arrow", sum(s.st_size for s in stats), newest)
     try:
         with open(path, "rb") as file:
-            head = file.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except OSError:
-        return False  # reported where it is opened to be read
-    return head.startswith(b"[") or head.split(b"\n")[0].rstrip() == b"{"
-
-
-def _input(path: Path, kind: str) -> Input:
-    try:
-        with open(path, "rb"):
-            stat = path.stat()
+            stat, head = os.fstat(file.fileno()), file.read(HEAD_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return Input(str(path), kind, stat.st_size, stat.st_mtime_ns)
+    kind = SUFFIXES[suffix_of(path) or ""]
+    if kind in ("jsonl", "text") and (head.startswith(WIDE_MARKS) or (len(head) > 3 and 3 * head.count(0) > len(head))):
+        raise UserError(
+            f"{path}: UTF-16 or UTF-32, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8 {path}), or leave it out"
+        )
+    if kind.endswith((".gz", ".zst")) and not head:
+        raise UserError(f"{path}: an archive of 0 bytes, so it was cut or never written: replace it, or leave it out")
+    if kind == "jsonl" and path.name.lower().endswith(".json") and _is_one_value(head):
+        kind = "json"
+    return Input(str(path), "lines" if kind == "text" and text_lines else kind, stat.st_size, stat.st_mtime_ns)
+
+
+def _is_one_value(head: bytes) -> bool:
+    """Whether a .json file is an array, or an object over several lines, rather than an object a line."""
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return head.startswith(b"[") or head.split(b"\n")[0].rstrip() == b"{"
 
 
 def _parquet_tasks(source: Input, text_key: str) -> list[Task]:
     pyarrow, pq = needed("pyarrow", source.path), needed("pyarrow.parquet", source.path)
     try:
-        with pq.ParquetFile(source.path) as file:
+        with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
     except (pyarrow.ArrowException, OSError) as error:
@@ -270,6 +286,8 @@ def _arrow_tasks(source: Input, task_bytes: int, text_key: str) -> list[Task]:
 
 def _check_column(path: str, schema: Any, text_key: str) -> None:
     """Raise UserError where an Arrow schema has no such column, or one that holds no text."""
+    if schema.names.count(text_key) > 1:
+        raise UserError(f"{path}: {schema.names.count(text_key)} columns are called '{text_key}': rename all but one")
     if text_key not in schema.names:
         raise UserError(f"{path}: no column '{text_key}'; name one with --text-key: {', '.join(schema.names)}")
     kind = schema.field(text_key).type

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.writer import CHUNK, DatasetWriter, check_prefix
+from data_prep.work import check_prefix, claimed, made_before
+from data_prep.writer import CHUNK, DatasetWriter
 from remit_megatron.data.indexed import IndexedTokens, bin_path, idx_path, open_index
 from remit_megatron.data.manifest import Manifest, fingerprint, manifest_path, quick_verify
 from remit_megatron.errors import UserError
@@ -18,7 +19,7 @@ def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> M
     Shards of one `tokenize --shard` run must be complete and in order; the result then equals the run without shards.
     Raises UserError for datasets that do not fit together, that have no manifest, or that are damaged.
     """
-    refuse_existing(output, overwrite, prefixes)
+    refuse_own_source(output, prefixes)
     sources = [(open_index(prefix), owned_manifest(prefix)) for prefix in prefixes]
     first = sources[0][1]
     for (_, manifest), prefix in zip(sources, prefixes, strict=True):
@@ -29,15 +30,19 @@ def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> M
                     f"{getattr(first, name)}: only datasets made alike can be merged"
                 )
     shards = _check_shards(prefixes, [manifest for _, manifest in sources])
+    identity: dict[str, Any] = {"eod_id": first.eod_id, "tokenizer_hash": first.tokenizer_hash}
+    provenance = _provenance(prefixes, [manifest for _, manifest in sources], shards)
     dtype = np.dtype(first.dtype)
-    writer = DatasetWriter(output, vocab_size=first.vocab_size or int(np.iinfo(dtype).max), dtype=dtype)
-    try:
-        for indexed, manifest in sources:
-            _append(writer, indexed, manifest)
-        provenance = _provenance(prefixes, [manifest for _, manifest in sources], shards)
-        return writer.commit(eod_id=first.eod_id, tokenizer_hash=first.tokenizer_hash, provenance=provenance)
-    finally:
-        writer.abandon()
+    with claimed(output) as folder:
+        if (made := made_before(output, folder, {**identity, **provenance}, overwrite)) is not None:
+            return made
+        writer = DatasetWriter(output, folder, vocab_size=first.vocab_size or int(np.iinfo(dtype).max), dtype=dtype)
+        try:
+            for indexed, manifest in sources:
+                _append(writer, indexed, manifest)
+            return writer.commit(provenance=provenance, **identity)
+        finally:
+            writer.abandon()
 
 
 def owned_manifest(prefix: str) -> Manifest:
@@ -52,14 +57,9 @@ def owned_manifest(prefix: str) -> Manifest:
     return manifest
 
 
-def refuse_existing(output: str, overwrite: bool, sources: Sequence[str]) -> None:
-    """Raise UserError where a dataset of that name exists and may not be replaced, or the name is a folder's.
-
-    One that is read may never be, however its path is spelt.
-    """
+def refuse_own_source(output: str, sources: Sequence[str]) -> None:
+    """Raise UserError where the output is a dataset that is read, however its path is spelt, or no dataset's name."""
     check_prefix(output)
-    if idx_path(output).exists() and not overwrite:
-        raise UserError(f"{idx_path(output)}: exists already; use --overwrite or another --output")
     if any(idx_path(source).resolve() == idx_path(output).resolve() for source in sources):
         raise UserError(f"--output {output} is a dataset that is read: choose another name")
 
@@ -86,13 +86,27 @@ def _check_shards(prefixes: Sequence[str], manifests: list[Manifest]) -> bool:
         return False
     count = next(shard[1] for shard in shards if shard)
     expected = [[index, count] for index in range(count)]
+    runs = [_run_of(manifest) for manifest in manifests]
     if shards != expected:
         found = [f"{shard[0]}/{shard[1]}" if shard else "none" for shard in shards]
         raise UserError(
             f"{prefixes[0]} and others: shards {', '.join(found)}, but 0/{count} to {count - 1}/{count} in this order "
             "are needed; make the missing ones, or name them in order"
         )
+    other = next((prefix for prefix, run in zip(prefixes, runs, strict=True) if run != runs[0]), None)
+    if other is not None:
+        raise UserError(
+            f"{manifest_path(other)}: a shard of other input than {prefixes[0]}, or divided otherwise: make all of "
+            "them with one command and version"
+        )
     return True
+
+
+def _run_of(manifest: Manifest) -> list[Any]:
+    """What the shards of one run have in common: the input, wherever it lay, and how it was divided."""
+    made = manifest.provenance
+    inputs = [{key: value for key, value in source.items() if key != "path"} for source in made.get("inputs", [])]
+    return [inputs, made.get("text_key"), made.get("piece_bytes")]
 
 
 def _provenance(prefixes: Sequence[str], manifests: list[Manifest], shards: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ footer that says what it holds and where the next part begins. Its name orders i
 import json
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,15 +15,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from remit_megatron.data.files import close_quietly, fsync_folder, writing
-from remit_megatron.errors import RunError
+from remit_megatron.data.files import close_quietly, fsync_folder, temporary_name, writing
 
-MAGIC = b"RMTPART1"
+MAGIC = b"RMTPART2"
+TRAILER = struct.Struct("<II8s")
+"""Bytes of the footer, its CRC-32, MAGIC."""
+COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What a part says of itself. Layout: ids, lengths (int32), bad documents (JSON lines), footer, its size, magic."""
+    """What a part says of itself. Layout: ids, lengths (int32), bad documents (JSON lines), footer, TRAILER."""
 
     position: int
     """Where the task goes on after this part."""
@@ -39,6 +42,12 @@ class Footer:
     """Bytes of the input file passed."""
     bin_bytes: int
     bad_bytes: int
+    crc32: int
+    """Of everything before the footer."""
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.bin_bytes + 4 * self.num_documents + self.bad_bytes
 
 
 class PartWriter:
@@ -47,7 +56,8 @@ class PartWriter:
     def __init__(self, folder: Path, task: int, number: int, dtype: np.dtype) -> None:
         self.path = part_path(folder, task, number)
         self.dtype = dtype
-        self._temporary = folder / f".{self.path.name}.{os.getpid()}.tmp"
+        self._temporary = temporary_name(self.path)
+        self._crc32 = 0
         self._lengths: list[np.ndarray] = []
         self._bad: list[bytes] = []
         self.counts = {"num_tokens": 0, "num_documents": 0, "largest_id": 0, "num_empty": 0, "num_bad": 0,
@@ -57,8 +67,7 @@ class PartWriter:
 
     def append_ids(self, tokens: np.ndarray, largest_id: int) -> None:
         """Add ids of the dataset's dtype."""
-        with writing(self._temporary):
-            self._file.write(tokens.view(np.uint8).data)
+        self._write(tokens.view(np.uint8).data)
         self.counts["num_tokens"] += len(tokens)
         self.counts["largest_id"] = max(self.counts["largest_id"], largest_id)
 
@@ -79,18 +88,25 @@ class PartWriter:
         """Write lengths and footer, fsync, rename. Raises RunError where the disk refuses; nothing appears then."""
         bad = b"".join(self._bad)
         bin_bytes = self.counts["num_tokens"] * self.dtype.itemsize
-        footer = Footer(position=position, last=last, bin_bytes=bin_bytes, bad_bytes=len(bad), **self.counts)
+        for content in (*(lengths.tobytes() for lengths in self._lengths), bad):
+            self._write(content)
+        footer = Footer(
+            position=position, last=last, bin_bytes=bin_bytes, bad_bytes=len(bad), crc32=self._crc32, **self.counts
+        )
         raw = json.dumps(asdict(footer)).encode()
         with writing(self._temporary):
-            for lengths in self._lengths:
-                self._file.write(lengths.tobytes())
-            self._file.write(bad + raw + struct.pack("<I", len(raw)) + MAGIC)
+            self._file.write(raw + TRAILER.pack(len(raw), zlib.crc32(raw), MAGIC))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self.path)
             fsync_folder(self.path.parent)
         return footer
+
+    def _write(self, content: bytes | memoryview) -> None:
+        with writing(self._temporary):
+            self._file.write(content)
+        self._crc32 = zlib.crc32(content, self._crc32)
 
     def abandon(self) -> None:
         """Delete the temporary file, where there still is one."""
@@ -103,22 +119,33 @@ def part_path(folder: Path, task: int, number: int) -> Path:
 
 
 def read_footer(path: Path) -> Footer | None:
-    """The footer of a part, None where there is no such part. Raises RunError for a damaged one."""
+    """The footer of a part, None where there is no such part, or a damaged one, or one of an older version."""
     try:
         with open(path, "rb") as file:
             end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - len(MAGIC) - 4))
-            tail = file.read()
-            if tail[4:] != MAGIC:
-                raise RunError(f"{path}: damaged part; delete this file and start the same command again")
-            (length,) = struct.unpack("<I", tail[:4])
-            file.seek(end - len(tail) - length)
-            footer = Footer(**json.loads(file.read(length)))
-            if end != footer.bin_bytes + 4 * footer.num_documents + footer.bad_bytes + length + len(tail):
-                raise RunError(f"{path}: damaged part; delete this file and start the same command again")
-            return footer
-    except FileNotFoundError:
+            file.seek(max(0, end - TRAILER.size))
+            length, crc32, magic = TRAILER.unpack(file.read())
+            if magic != MAGIC or length > end - TRAILER.size:
+                return None
+            file.seek(end - TRAILER.size - length)
+            raw = file.read(length)
+        footer = Footer(**json.loads(raw)) if zlib.crc32(raw) == crc32 else None
+    except (OSError, struct.error):
         return None
+    return footer if footer and end == footer.payload_bytes + length + TRAILER.size else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a part is as it was written, every byte of it."""
+    footer = read_footer(path)
+    if footer is None:
+        return False
+    left, crc32 = footer.payload_bytes, 0
+    with open(path, "rb") as file:
+        while left and (piece := file.read(min(left, COPY_BYTES))):
+            crc32 = zlib.crc32(piece, crc32)
+            left -= len(piece)
+    return not left and crc32 == footer.crc32
 
 
 def parts_of(folder: Path, task: int, first: int) -> Iterator[Footer]:

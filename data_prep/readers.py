@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -115,7 +116,7 @@ def _read_compressed(task: Task, start: int | None, text_key: str, max_bytes: in
                 for batch in _lines(task, file, position, None, line_parser(text_key), max_bytes):
                     batch.disk_bytes, before = raw.tell() - before, raw.tell()
                     yield batch
-        except (EOFError, OSError, _zstd_error()) as error:
+        except (EOFError, OSError, zlib.error, _zstd_error()) as error:
             raise UserError(
                 f"{task.source.path}: damaged or cut short ({error}); replace it, or leave it out"
             ) from None
@@ -283,7 +284,7 @@ def _parquet_rows(task: Task, start: int, text_key: str) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(task.source.path, buffer_size=1 << 20) as file:
+        with pq.ParquetFile(task.source.path, buffer_size=1 << 20, page_checksum_verification=True) as file:
             group, row = file.metadata.row_group(task.low), 0
             size = rows_at_once(group.total_byte_size, group.num_rows)
             for table in file.iter_batches(size, row_groups=[task.low], columns=[text_key]):

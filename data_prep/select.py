@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.merge import owned_manifest, refuse_existing
+from data_prep.merge import owned_manifest, refuse_own_source
+from data_prep.work import claimed, made_before
 from data_prep.writer import CHUNK, DatasetWriter
 from remit_megatron.data.files import write_atomically
 from remit_megatron.data.indexed import IndexedTokens, open_index
 from remit_megatron.data.manifest import Manifest, fingerprint
 from remit_megatron.errors import UserError
+from remit_megatron.outside import quote, read_object
 
 
 def select(
@@ -39,7 +41,7 @@ def select(
     """
     if not 0 < keep <= 1:
         raise UserError(f"--keep {keep}: a share between 0 and 1 is expected")
-    refuse_existing(output, overwrite, [prefix])
+    refuse_own_source(output, [prefix])
     manifest, indexed = owned_manifest(prefix), open_index(prefix)
     large_nll, large_tied = _mean_nll(large, indexed, manifest)
     small_nll, small_tied = _mean_nll(small, indexed, manifest)
@@ -54,16 +56,36 @@ def select(
     report |= {"prefix": prefix, "fingerprint": fingerprint(manifest), "large": str(large), "small": str(small),
                "scores_tied_to_dataset": large_tied and small_tied, "keep": keep, "keep_of": by}  # fmt: skip
     provenance = {"command": "select", "select": report, "source": manifest.provenance}
-    dtype = np.dtype(manifest.dtype)
-    writer = DatasetWriter(output, vocab_size=manifest.vocab_size or int(np.iinfo(dtype).max), dtype=dtype)
-    try:
-        for tokens, lengths in _runs(indexed, kept):
-            writer.append(tokens, lengths)
-        writer.commit(eod_id=manifest.eod_id, tokenizer_hash=manifest.tokenizer_hash, provenance=provenance)
-    finally:
-        writer.abandon()
-    write_atomically(Path(f"{output}.select.json"), (json.dumps(report, indent=1) + "\n").encode())
+    _write(indexed, kept, manifest, provenance, output, overwrite)
     return report
+
+
+def _write(
+    indexed: IndexedTokens,
+    kept: np.ndarray,
+    manifest: Manifest,
+    provenance: dict[str, Any],
+    output: str,
+    overwrite: bool,
+) -> None:
+    identity: dict[str, Any] = {"eod_id": manifest.eod_id, "tokenizer_hash": manifest.tokenizer_hash}
+    text = (json.dumps(provenance["select"], indent=1) + "\n").encode()
+    with claimed(output) as folder:
+        if made_before(output, folder, {**identity, **provenance}, overwrite) is not None:
+            beside = Path(f"{output}.select.json")
+            if not beside.exists():  # an older version wrote it last
+                write_atomically(beside, text)
+            return
+        dtype = np.dtype(manifest.dtype)
+        vocab_size = manifest.vocab_size or int(np.iinfo(dtype).max)
+        writer = DatasetWriter(output, folder, vocab_size=vocab_size, dtype=dtype)
+        try:
+            for tokens, lengths in _runs(indexed, kept):
+                writer.append(tokens, lengths)
+            write_atomically(folder / "all.select", text)
+            writer.commit(provenance=provenance, **identity)
+        finally:
+            writer.abandon()
 
 
 def difference_sampling(
@@ -90,8 +112,8 @@ def _mean_nll(path: Path, indexed: IndexedTokens, manifest: Manifest) -> tuple[n
     """(mean NLL of each document [documents] float64, whether the scores name this dataset)."""
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable .npy of scores: {error}") from None
+    except Exception as error:  # noqa: BLE001 - numpy evaluates the header as Python, and raises what that raises
+        raise UserError(f"{quote(str(path))}: no readable .npy of scores: {quote(str(error))}") from None
     if values.dtype.kind != "f" or values.ndim != 1 or len(values) not in (indexed.num_documents, indexed.num_tokens):
         raise UserError(
             f"{path}: {values.dtype} of shape {values.shape}; floats for each of {indexed.num_documents} documents or "
@@ -100,12 +122,9 @@ def _mean_nll(path: Path, indexed: IndexedTokens, manifest: Manifest) -> tuple[n
     sidecar = Path(f"{path}.json")
     tied = sidecar.exists()
     if tied:
-        try:
-            named = json.loads(sidecar.read_text()).get("fingerprint")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{sidecar}: no valid JSON object: {error}") from None
+        named = read_object(sidecar).get("fingerprint")
         if named != fingerprint(manifest):
-            raise UserError(f"{sidecar}: scores of the dataset {str(named)[:12]}, not of {indexed.prefix} "
+            raise UserError(f"{sidecar}: scores of the dataset {quote(str(named)[:12])}, not of {indexed.prefix} "
                             f"({fingerprint(manifest)[:12]}): score this dataset")  # fmt: skip
     means = values.astype(np.float64) if len(values) == indexed.num_documents else _document_means(values, indexed)
     by_document = len(values) == indexed.num_documents

@@ -4,44 +4,50 @@ The plan (inputs, tokenizer, settings) is written into PREFIX.parts/ first. Work
 process joins the parts in order, and a rename at the end makes the dataset appear.
 """
 
-import fcntl
-import json
 import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from data_prep.assemble import Assembler, finish, holds_tokens, remove_folder
+from data_prep.assemble import Assembler, holds_tokens
 from data_prep.backends import HuggingFace, TokenizerFile, backend_version, choose_backend, clip, limit_threads
 from data_prep.cuts import safe_to_cut
+from data_prep.folders import OF_THE_CORPUS, count_left_out, describe
 from data_prep.inputs import (
     TASK_BYTES,
-    WORK_SUFFIX,
+    Found,
     Input,
     Task,
     check_unchanged,
     expand_inputs,
     plan_tasks,
     take_shard,
+    task_size,
 )
 from data_prep.progress import Meter
 from data_prep.readers import read_task
+from data_prep.work import (
+    as_json,
+    check_prefix,
+    claimed,
+    empty,
+    is_complete,
+    made_before,
+    read_plan,
+    work_path,
+    write_plan,
+)
 from data_prep.worker import PART_BYTES, Encoder, Job, Progress, run_task, worker_main
-from data_prep.writer import check_prefix
-from remit_megatron.data.files import make_folder, write_atomically, writing
-from remit_megatron.data.indexed import dtype_for, idx_path
+from remit_megatron.data.indexed import dtype_for
 from remit_megatron.data.manifest import Manifest
 from remit_megatron.errors import RunError, StopRequested, UserError
 
 DOCUMENT_MIB = 64
 WHOLE_DOCUMENT_MIB = 2
-LOCK = "lock"
 SAMPLE_TASKS = 8
 SAMPLE_DOCUMENTS = 100
 SAMPLE_CHARACTERS = 1 << 19
@@ -66,7 +72,9 @@ class TokenizeSettings:
     backend: str = "auto"
     shard: tuple[int, int] | None = None
     overwrite: bool = False
-    task_bytes: int = TASK_BYTES
+    skip_unknown: bool = False
+    task_bytes: int | None = None
+    """Of a file of lines, so much is one piece. None: `task_size`."""
     part_bytes: int = PART_BYTES
 
 
@@ -79,7 +87,22 @@ class Plan:
     tasks: list[Task]
     version: str
     why: str
-    identity: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any]
+    """What the manifest will say of it, but for what is counted on the way."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same in two starts of one run."""
+        job = self.job
+        return {
+            "tokenizer": job.tokenizer.hash,
+            "backend": self.version,
+            "vocab_size": job.vocab_size,
+            "eod_id": job.eod_id,
+            "text_key": job.text_key,
+            "max_document_mib": job.max_document_bytes >> 20,
+            "shard": self.provenance["shard"],
+            "tasks": [task.record() for task in self.tasks],
+        }
 
 
 def tokenize(settings: TokenizeSettings) -> Manifest:
@@ -92,34 +115,49 @@ def tokenize(settings: TokenizeSettings) -> Manifest:
     check_prefix(settings.output)
     if settings.eod_token is not None and not settings.append_eod:
         raise UserError(f"--eod-token {settings.eod_token} goes with --append-eod: add it, or leave --eod-token out")
-    folder = Path(f"{settings.output}{WORK_SUFFIX}")
-    if not folder.exists():
-        remove_folder(folder)
-    if idx_path(settings.output).exists() and not settings.overwrite and not folder.exists():
-        raise UserError(f"{idx_path(settings.output)}: exists already; use --overwrite or another --output")
     try:
-        return _plan_and_run(settings, folder)
+        found = expand_inputs(settings.inputs, text_lines=settings.text_lines, skip_unknown=settings.skip_unknown)
+        file = TokenizerFile.load(settings.tokenizer)
+        with claimed(settings.output) as folder:
+            return _make(settings, found, file, folder)
     except KeyboardInterrupt:
+        folder = work_path(settings.output)
         raise StopRequested(f"{folder}: interrupted; the same command goes on from what is done") from None
 
 
-def _plan_and_run(settings: TokenizeSettings, folder: Path) -> Manifest:
-    inputs = expand_inputs(settings.inputs, text_lines=settings.text_lines)
-    file = TokenizerFile.load(settings.tokenizer)
-    with _locked(folder):
-        if (folder / "commit.json").exists():
-            return _said(settings, finish(settings.output, folder), "published what an earlier start had finished")
-        try:
-            plan = _make_plan(settings, inputs, file, folder)
-            _match_plan(folder, plan)
-            return _run(settings, plan)
-        except UserError:
-            if not holds_tokens(folder):
-                remove_folder(folder)
-            raise
+def _make(settings: TokenizeSettings, found: Found, file: TokenizerFile, folder: Path) -> Manifest:
+    wanted = _wanted(settings, found, file)
+    try:
+        manifest = made_before(settings.output, folder, wanted, settings.overwrite)
+        how = "made by an earlier start of this command"
+        if manifest is None:
+            plan = _make_plan(settings, found, file, folder, wanted)
+            _match_plan(plan)
+            manifest, how = _run(settings, plan)
+        _say_files(found, manifest)
+        return _said(settings, manifest, how)
+    except UserError:
+        if not is_complete(folder) and not holds_tokens(folder):
+            empty(folder)
+        raise
 
 
-def _run(settings: TokenizeSettings, plan: Plan) -> Manifest:
+def _wanted(settings: TokenizeSettings, found: Found, file: TokenizerFile) -> dict[str, Any]:
+    """What the manifest of this command's dataset says, as far as it is known before anything is read."""
+    return {
+        "command": "tokenize",
+        "inputs": [source.provenance() for source in found.inputs],
+        "text_key": settings.text_key,
+        "max_document_mib": settings.max_document_mib,
+        "shard": list(settings.shard) if settings.shard else None,
+        "piece_bytes": (settings.task_bytes or task_size(found.inputs)) if settings.shard else None,
+        "vocab_size": settings.vocab_size or file.vocab_size,
+        "eod_id": file.eod_id(settings.eod_token) if settings.append_eod else None,
+        "tokenizer_hash": file.hash,
+    }
+
+
+def _run(settings: TokenizeSettings, plan: Plan) -> tuple[Manifest, str]:
     job = plan.job
     assembler = Assembler(job.folder, len(plan.tasks), dtype_for(job.vocab_size), settings.max_bad)
     workers = min(settings.workers or len(os.sched_getaffinity(0)), len(plan.tasks))
@@ -135,10 +173,10 @@ def _run(settings: TokenizeSettings, plan: Plan) -> Manifest:
             else:
                 _run_processes(plan, assembler, meter, workers)
         check_unchanged(plan.inputs)
-        manifest = assembler.commit(settings.output, _manifest_identity(settings, plan))
+        manifest = assembler.commit(settings.output, _manifest_identity(plan))
     finally:
         assembler.close()
-    return _said(settings, manifest, meter.summary())
+    return manifest, meter.summary()
 
 
 def _run_here(plan: Plan, assembler: Assembler, meter: Meter) -> None:
@@ -205,45 +243,57 @@ def _receive(pipe: Connection, process: Any, meter: Meter) -> str | None:
     return str(message)
 
 
-def _make_plan(settings: TokenizeSettings, inputs: list[Input], file: TokenizerFile, folder: Path) -> Plan:
-    tasks = plan_tasks(inputs, settings.task_bytes, settings.text_key)
+def _make_plan(
+    settings: TokenizeSettings, found: Found, file: TokenizerFile, folder: Path, wanted: dict[str, Any]
+) -> Plan:
+    piece_bytes = _piece_bytes(settings, found.inputs, folder)
+    tasks = plan_tasks(found.inputs, piece_bytes, settings.text_key)
     if not tasks:
         raise UserError(f"{', '.join(settings.inputs)}: nothing to read, every file is empty")
     if settings.shard:
         tasks = take_shard(tasks, *settings.shard)
-    vocab_size = settings.vocab_size or file.vocab_size
+    vocab_size = wanted["vocab_size"]
     if vocab_size < file.vocab_size:
         raise UserError(f"--vocab-size {vocab_size} is smaller than the {file.vocab_size} ids of {file.path}")
-    eod_id = file.eod_id(settings.eod_token) if settings.append_eod else None
     asked = settings.max_document_mib or DOCUMENT_MIB
-    backend, why = choose_backend(settings.backend, file, _sample(tasks, settings.text_key, asked << 20))
-    mib = asked
-    if settings.max_document_mib is None and backend == "tokenizers" and not safe_to_cut(file, HuggingFace(file)):
+    choice = choose_backend(settings.backend, file, _sample(tasks, settings.text_key, asked << 20))
+    mib, why = asked, choice.why
+    if (
+        settings.max_document_mib is None
+        and choice.backend == "tokenizers"
+        and not safe_to_cut(file, HuggingFace(file))
+    ):
         mib = WHOLE_DOCUMENT_MIB
         why += f"; documents above {mib} MiB are put aside, because it takes them whole: --max-document-mib"
     job = Job(
         folder=folder,
         tokenizer=file,
-        backend=backend,
+        backend=choice.backend,
+        exact=choice.exact,
         vocab_size=vocab_size,
-        eod_id=eod_id,
+        eod_id=wanted["eod_id"],
         text_key=settings.text_key,
         max_document_bytes=mib << 20,
         max_bad=settings.max_bad,
         part_bytes=settings.part_bytes,
     )
-    plan = Plan(job=job, inputs=inputs, tasks=tasks, version=backend_version(backend), why=why)
-    plan.identity = {
-        "tokenizer": file.hash,
-        "backend": plan.version,
-        "vocab_size": vocab_size,
-        "eod_id": eod_id,
-        "text_key": settings.text_key,
-        "max_document_mib": mib,
-        "shard": list(settings.shard) if settings.shard else None,
-        "tasks": [task.record() for task in tasks],
-    }
-    return plan
+    version = backend_version(choice.backend)
+    left_out, _ = count_left_out([entry for entry in found.left_out if entry.left_out in OF_THE_CORPUS])
+    own = ("command", "inputs", "text_key", "max_document_mib", "shard", "piece_bytes")
+    provenance = {**{name: wanted[name] for name in own}, "left_out": left_out, "backend": version}
+    return Plan(job=job, inputs=found.inputs, tasks=tasks, version=version, why=why, provenance=provenance)
+
+
+def _piece_bytes(settings: TokenizeSettings, inputs: list[Input], folder: Path) -> int:
+    """The size of pieces: that of an unfinished run of an older version, which had one for all, where there is one."""
+    if settings.task_bytes is not None:
+        return settings.task_bytes
+    plan = read_plan(folder)
+    if plan is not None and settings.shard is None:
+        older = {"tasks": [task.record() for task in plan_tasks(inputs, TASK_BYTES, settings.text_key)]}
+        if as_json(older)["tasks"] == plan.get("tasks"):
+            return TASK_BYTES
+    return task_size(inputs)
 
 
 def _sample(tasks: list[Task], text_key: str, max_bytes: int) -> list[str]:
@@ -262,72 +312,54 @@ def _sample(tasks: list[Task], text_key: str, max_bytes: int) -> list[str]:
     return texts
 
 
-def _match_plan(folder: Path, plan: Plan) -> None:
+def _match_plan(plan: Plan) -> None:
     """Write the plan, or compare it with the one that an earlier start wrote."""
-    path = folder / "plan.json"
-    wanted = json.loads(json.dumps(plan.identity))
-    if not path.exists():
-        write_atomically(path, json.dumps(wanted).encode())
-        return
-    found = json.loads(path.read_text())
-    differing = [name for name in wanted if wanted[name] != found.get(name)]
-    if differing and not holds_tokens(folder):  # one that was killed before it had any
-        for left in folder.iterdir():
-            if left.name != LOCK:
-                left.unlink()
-        write_atomically(path, json.dumps(wanted).encode())
-        return
-    if differing:
+    folder, wanted = plan.job.folder, as_json(plan.identity())
+    found = read_plan(folder)
+    differing = [name for name in wanted if found is None or wanted[name] != found.get(name)]
+    if differing and not holds_tokens(folder):  # none yet, or of one that was killed before it had any
+        empty(folder)
+        write_plan(folder, wanted)
+    elif differing:
         what = "the input files or their division" if differing == ["tasks"] else ", ".join(differing)
         raise UserError(
             f"{folder}: belongs to an unfinished run of another kind ({what} differ): repeat that command, delete the "
             "folder, or choose another --output"
         )
-    _say(f"going on with {folder}")
+    elif any(folder.glob("all.*")):
+        _say(f"going on with {folder}")
 
 
-def _manifest_identity(settings: TokenizeSettings, plan: Plan) -> dict[str, Any]:
+def _manifest_identity(plan: Plan) -> dict[str, Any]:
     job = plan.job
-    provenance: dict[str, Any] = {
-        "command": "tokenize",
-        "inputs": [source.provenance() for source in plan.inputs],
-        "text_key": job.text_key,
-        "backend": plan.version,
-        "shard": list(settings.shard) if settings.shard else None,
-    }
+    read = {task.source.path for task in plan.tasks}
     return {
         "vocab_size": job.vocab_size,
         "eod_id": job.eod_id,
         "tokenizer_hash": job.tokenizer.hash,
-        "provenance": provenance,
+        "provenance": {**plan.provenance, "files_read": len(read)},
     }
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Create the work folder and keep a second run out of it for as long as this one lives."""
-    make_folder(folder.parent, "--output")
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
-        file = open(folder / LOCK, "w")  # noqa: SIM115 - closed below
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another run works on it; wait for it or choose another --output") from None
-        yield
-    finally:
-        file.close()
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _say_files(found: Found, manifest: Manifest) -> None:
+    """What became of every file that the names given led to."""
+    left_out, examples = count_left_out(found.left_out)
+    read = manifest.provenance["files_read"]
+    if len(found.inputs) > read:
+        without = "without a piece in this shard" if manifest.provenance["shard"] else "empty"
+        left_out |= {without: len(found.inputs) - read}
+    _say(describe(len(found.inputs) + len(found.left_out), read, left_out, examples))
+
+
 def _said(settings: TokenizeSettings, manifest: Manifest, how: str) -> Manifest:
-    bad, empty = manifest.provenance["bad"], manifest.provenance["empty"]
+    made = manifest.provenance
+    bad, empty_ones = made["bad"], made["empty"]
     aside = f", {bad:,} put aside in {settings.output}.bad.jsonl" if bad else ""
-    left_out = f", {empty:,} empty left out" if empty else ""
+    left_out = f", {empty_ones:,} empty left out" if empty_ones else ""
     print(
         f"{settings.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens "
         f"({manifest.dtype}){left_out}{aside}; {how}",

@@ -3,8 +3,9 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from data_prep.backends import (
     TokenizerFile,
     clip,
     describe_difference,
+    holder,
     limit_threads,
     open_backend,
 )
@@ -48,6 +50,8 @@ class Job:
     max_document_bytes: int
     max_bad: int
     part_bytes: int = PART_BYTES
+    exact: str = ""
+    """Characters that make a text one for `tokenizers`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class Encoder:
         self.reference = HuggingFace(job.tokenizer) if job.backend != HuggingFace.name else None
         self.dtype = dtype_for(job.vocab_size)
         self.cuts = safe_to_cut(job.tokenizer, self.backend)
+        self._is_exact = holder(job.exact)
         self._documents = 0
 
     def encode(self, texts: list[str | bytes]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -76,7 +81,7 @@ class Encoder:
 
         Raises UserError for an id outside the vocabulary, RunError for one that differs from that of `tokenizers`.
         """
-        ids, lengths = self.backend.encode(texts)
+        ids, lengths = self._encode(texts)
         self._check(texts)
         largest = check_ids(ids, self.job.vocab_size, str(self.job.tokenizer.path))
         lengths = lengths[lengths > 0]  # a normalizer may leave nothing of a text
@@ -90,7 +95,7 @@ class Encoder:
         length = 0
         size = HF_PIECE_BYTES if self.backend.name == HuggingFace.name else PIECE_BYTES
         for piece in pieces(text, size) if self.cuts else (text,):
-            ids, _ = self.backend.encode([piece])
+            ids, _ = self._encode([piece])
             largest = check_ids(ids, self.job.vocab_size, str(self.job.tokenizer.path))
             for start in range(0, len(ids), WRITE_IDS):
                 write(ids[start : start + WRITE_IDS].astype(self.dtype), largest)
@@ -102,6 +107,16 @@ class Encoder:
             raise UserError(f"a document of {length:,} tokens; the format holds 2^31 - 1: lower --max-document-mib")
         return length
 
+    def _encode(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and lengths in order, as of Backend, of some texts by the reference."""
+        if self.reference is None or not any(map(self._is_exact, texts)):
+            return self.backend.encode(texts)
+        found = [
+            (self.reference if is_exact else self.backend).encode(list(group))
+            for is_exact, group in groupby(texts, self._is_exact)
+        ]
+        return np.concatenate([ids for ids, _ in found]), np.concatenate([lengths for _, lengths in found])
+
     def _check(self, texts: list[str | bytes]) -> None:
         first = -self._documents % CHECK_EVERY
         self._documents += len(texts)
@@ -109,7 +124,7 @@ class Encoder:
             return
         for text in texts[first::CHECK_EVERY]:
             sample = clip(text)
-            got, expected = self.backend.encode([sample])[0], self.reference.encode([sample])[0]
+            got, expected = self._encode([sample])[0], self.reference.encode([sample])[0]
             if not np.array_equal(got, expected):
                 raise RunError(
                     f"{describe_difference(sample, got, expected)}: delete {self.job.folder} and start again with "

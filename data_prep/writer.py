@@ -1,20 +1,21 @@
 """Write Megatron's .bin/.idx, byte for byte as Megatron's IndexedDatasetBuilder does, and the manifest beside them.
 
-Files are built under temporary names and appear complete: an old .idx goes first and the new one comes last, so that no
-moment shows a dataset of mixed parts. Memory does not grow with the number of tokens or documents.
+Files are built in the dataset's work folder and appear complete. Memory does not grow with the number of tokens or
+documents.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from remit_megatron.data.files import close_quietly, fsync_folder, make_folder, writing
-from remit_megatron.data.indexed import bin_path, dtype_for, header, idx_path
-from remit_megatron.data.manifest import BLOCK_BYTES, Manifest, manifest_path, tool_name
+from data_prep.work import begin, claimed, empty, is_complete, publish, write_commit
+from remit_megatron.data.files import close_quietly, writing
+from remit_megatron.data.indexed import dtype_for, header
+from remit_megatron.data.manifest import BLOCK_BYTES, Manifest, tool_name
 from remit_megatron.errors import UserError
 
 CHUNK = 1 << 20
@@ -51,9 +52,12 @@ class BlockHasher:
 
 
 class DatasetWriter:
-    """Appends arrays of ids to PREFIX.bin.part and lengths to PREFIX.len.part; `commit` turns them into a dataset."""
+    """Appends arrays of ids and lengths to files in a work folder; `commit` turns them into a dataset.
 
-    def __init__(self, prefix: str | Path, *, vocab_size: int, dtype: np.dtype | None = None) -> None:
+    For use inside of `data_prep.work.claimed`, whose folder it takes over.
+    """
+
+    def __init__(self, prefix: str | Path, folder: Path, *, vocab_size: int, dtype: np.dtype | None = None) -> None:
         """dtype: default is Megatron's choice for the vocabulary.
 
         Raises UserError for a vocabulary that the format cannot hold, RunError where files cannot be written.
@@ -61,18 +65,17 @@ class DatasetWriter:
         if not 0 < vocab_size <= np.iinfo(np.int32).max:
             raise UserError(f"vocab_size = {vocab_size} is not between 1 and {np.iinfo(np.int32).max}")
         self.prefix = str(prefix)
+        self.folder = folder
         self.vocab_size = vocab_size
         self.dtype = dtype or dtype_for(vocab_size)
         self.num_tokens = 0
         self.num_documents = 0
         self.largest_id = 0
         self.hasher = BlockHasher()
-        self.bin_part = Path(f"{prefix}.bin.part")
-        self.len_part = Path(f"{prefix}.len.part")
-        make_folder(self.bin_part.parent, "--output")
-        with writing(self.bin_part):
-            self._bin: IO[bytes] = open(self.bin_part, "wb")  # noqa: SIM115 - closed by commit or abandon
-            self._len: IO[bytes] = open(self.len_part, "wb")  # noqa: SIM115
+        begin(folder)
+        with writing(folder):
+            self._bin: IO[bytes] = open(folder / "all.bin", "wb")  # noqa: SIM115 - closed by commit or abandon
+            self._len: IO[bytes] = open(folder / "all.len", "wb")  # noqa: SIM115
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Add documents: their ids in one array [sum(lengths)] of any integer dtype, and their lengths [documents].
@@ -91,7 +94,7 @@ class DatasetWriter:
     def append_raw(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Add ids of the dataset's dtype that were checked before, and lengths (int32) that may belong to later ids."""
         content = tokens.view(np.uint8).data
-        with writing(self.bin_part):
+        with writing(self.folder):
             self._bin.write(content)
             self._len.write(lengths.tobytes())
         self.hasher.update(content)
@@ -109,13 +112,13 @@ class DatasetWriter:
         if not self.num_tokens:
             self.abandon()
             raise UserError(f"{self.prefix}: no token to write: the input holds no text")
-        idx_part = Path(f"{self.prefix}.idx.part")
-        with writing(self.bin_part):
+        idx = self.folder / "all.idx"
+        with writing(self.folder):
             for file in (self._bin, self._len):
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
-            idx_sha256 = write_index(idx_part, self.len_part, self.dtype, self.num_documents)
+            idx_sha256 = write_index(idx, self.folder / "all.len", self.dtype, self.num_documents)
         manifest = Manifest(
             tool=tool_name(),
             dtype=self.dtype.name,
@@ -132,38 +135,15 @@ class DatasetWriter:
             idx_sha256=idx_sha256,
             provenance=provenance or {},
         )
-        publish(self.prefix, self.bin_part, idx_part, manifest)
-        self.len_part.unlink()
-        return manifest
+        write_commit(self.folder, manifest)
+        return publish(self.prefix, self.folder)
 
     def abandon(self) -> None:
-        """Close and delete what was written so far."""
-        for file, path in ((self._bin, self.bin_part), (self._len, self.len_part)):
+        """Close, and delete what was written so far; after a commit that could not be published yet, nothing."""
+        for file in (self._bin, self._len):
             close_quietly(file)
-            path.unlink(missing_ok=True)
-
-
-def check_prefix(prefix: str) -> None:
-    """Raise UserError where a prefix names a folder: its files would be hidden, or lie beside the folder."""
-    if prefix.endswith(os.sep) or os.path.isdir(prefix):
-        raise UserError(f"--output {prefix}: a folder; a dataset is a prefix such as {prefix.rstrip(os.sep)}/corpus")
-
-
-def publish(prefix: str, bin_part: Path, idx_part: Path, manifest: Manifest) -> None:
-    """Rename complete parts to PREFIX.bin and PREFIX.idx with the manifest between them.
-
-    Called again after a crash it goes on: a part that is gone was renamed already.
-    """
-    with writing(bin_path(prefix)):
-        if bin_part.exists():
-            idx_path(prefix).unlink(missing_ok=True)
-            manifest_path(prefix).unlink(missing_ok=True)
-            fsync_folder(bin_path(prefix).parent)
-            os.replace(bin_part, bin_path(prefix))
-        manifest.write(prefix)
-        if idx_part.exists():
-            os.replace(idx_part, idx_path(prefix))
-        fsync_folder(bin_path(prefix).parent)
+        if self.folder.exists() and not is_complete(self.folder):
+            empty(self.folder)
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> int:
@@ -229,32 +209,37 @@ def write_dataset(
     """
     if append_eod and eod_id is None:
         raise UserError(f"{prefix}: append_eod needs eod_id")
-    writer = DatasetWriter(prefix, vocab_size=vocab_size)
     end = np.array([eod_id] if append_eod else [], dtype=np.int64)
-    batch: list[np.ndarray] = []
-    size = 0
 
-    def flush() -> None:
-        lengths = np.array([len(ids) for ids in batch], dtype=np.int64)
-        writer.append(np.concatenate(batch) if batch else np.zeros(0, np.int64), lengths)
-        batch.clear()
-
-    try:
+    def arrays() -> Iterator[np.ndarray]:
         for number, ids in enumerate(documents):
             array = _ids(ids, f"{prefix}: document {number}")
-            if not len(array):
-                continue
-            if eod_id is not None and not append_eod and array[-1] != eod_id:
+            if len(array) and eod_id is not None and not append_eod and array[-1] != eod_id:
                 raise UserError(f"{prefix}: document {number} does not end with the EOD token {eod_id}: use append_eod")
-            batch.append(np.concatenate([array, end]) if append_eod else array)
-            size += len(array)
-            if len(batch) == BATCH_DOCUMENTS or size > BATCH_TOKENS:
-                flush()
-                size = 0
-        flush()
-        return writer.commit(eod_id=eod_id, tokenizer_hash=tokenizer_hash, provenance=provenance)
-    finally:
-        writer.abandon()
+            if len(array):
+                yield np.concatenate([array, end]) if append_eod else array
+
+    with claimed(str(prefix)) as folder:
+        writer = DatasetWriter(prefix, folder, vocab_size=vocab_size)
+        try:
+            for batch in _batches(arrays()):
+                writer.append(np.concatenate(batch), np.array([len(ids) for ids in batch], dtype=np.int64))
+            return writer.commit(eod_id=eod_id, tokenizer_hash=tokenizer_hash, provenance=provenance)
+        finally:
+            writer.abandon()
+
+
+def _batches(arrays: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    batch: list[np.ndarray] = []
+    size = 0
+    for array in arrays:
+        batch.append(array)
+        size += len(array)
+        if len(batch) == BATCH_DOCUMENTS or size > BATCH_TOKENS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _ids(ids: Sequence[int] | np.ndarray, where: str) -> np.ndarray:

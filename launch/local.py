@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
-
 from remit_megatron.errors import HangError
 from remit_megatron.processes import STOP_SIGNALS, die_with_parent, hold_stop_signals
 
@@ -30,6 +28,8 @@ def run_local(command: list[str], nproc: int, *, listens: bool = False) -> int:
     go to every rank; a second SIGTERM or SIGINT also starts the grace period, for ranks that hang. A rank dies with
     this process, also when that is killed.
     """
+    import torch.distributed as dist  # takes seconds, which a dry run need not wait for
+
     # Held by this process, so that no port is chosen by one process and opened by another.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks: list[subprocess.Popen[Any]] = []

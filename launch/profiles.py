@@ -1,10 +1,16 @@
-"""Cluster profiles: what a cluster wants to know of a job that no recipe says. One strict TOML file each."""
+"""Cluster profiles: what a cluster wants to know of a job that no recipe says. One strict TOML file each.
+
+What every back end reads is here; a section named like a back end holds what that one alone reads, and
+`launch/backends/` documents it.
+"""
 
 import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 import slurm
 from remit_megatron import toml
@@ -13,6 +19,16 @@ from remit_megatron.errors import UserError
 SHIPPED = Path(slurm.__file__).parent / "profiles"
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 SECRET = re.compile(r"(KEY|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.IGNORECASE)
+OURS = re.compile(
+    r"REMIT_(RECIPE|RUN|PYTHON|LAUNCHER|PREFLIGHT\w*|EXIT_WAIT_S|FRUITLESS_RESTARTS|ARGS|CHAIN|START_FAILURE|LOGS"
+    r"|NODES|SCORES|CONTAINER_\w+)"
+    r"|(GROUP_|ROLE_|LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
+    r"|SLURM_(JOB_\w+|JOBID|PROCID|LOCALID|NODEID|NNODES|NODELIST|NTASKS\w*|TASKS_PER_NODE|CPUS_PER_TASK|ARRAY_\w+"
+    r"|RESTART_COUNT)"
+)
+"""Variables by which a job script tells its ranks what to run, where and as which rank: set by nobody else."""
+FLAT = "slurm"
+"""The section whose keys stood at the top of a profile while there were no sections."""
 Variable = Annotated[str, Field(pattern=rf"^{NAME}$")]
 Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
 
@@ -46,68 +62,63 @@ class Environment(Section):
 
 
 class Profile(Section):
-    """One cluster."""
+    """One cluster, as far as every back end asks."""
 
-    partition: Line | None = None
-    account: Line | None = None
-    qos: Line | None = None
-    time_limit: Line = "24:00:00"
-    """As sbatch's --time: minutes, or [days-]hours:minutes:seconds."""
     gpus_per_node: int = Field(0, ge=0)
     """0: ranks on CPUs; how many a node then says --nproc."""
-    tasks_per_node: int | None = Field(None, gt=0)
-    """Ranks a node; default: its GPUs."""
-    cpus_per_task: int | None = Field(None, gt=0)
-    memory: Line | None = None
-    """Of a node, as sbatch's --mem; "0" is all."""
-    exclusive: bool = False
-    launcher: Literal["srun", "torchrun"] = "srun"
-    """`srun` starts every rank. `torchrun` starts an agent on each node, for sites whose tools expect one."""
-    signal_lead_s: int = Field(300, ge=10, le=65535)
-    """How long before the time limit ranks are asked to save and stop: twice a step and the slowest save, and a
-    minute. SLURM may ask up to a minute earlier."""
-    exit_wait_s: int = Field(120, gt=0)
-    """How long ranks may outlive the first one that ended."""
-    fruitless_restarts: int = Field(2, ge=0)
-    """Restarts without a new checkpoint before a job gives up."""
-    preflight: bool = True
-    """Look at every node before training."""
-    preflight_timeout_s: int = Field(60, gt=0)
-    """How long a rank may take to start for the preflight, more where its interpreter comes from a slow filesystem; and
-    how long each of its checks may take."""
-    python: Line | None = None
-    """Interpreter that has this program, as the ranks see it; default: the one that launches."""
-    modules: tuple[Line, ...] = ()
-    """Environment modules that the job script loads."""
-    sbatch: tuple[Annotated[str, Field(pattern=r"^--?[^\n\r]+$")], ...] = ()
-    """Further options, one each, such as `--constraint=h100`."""
-    shared_folders: tuple[str, ...] = ()
-    """Folders that all nodes see, though they look local to a node (/tmp, /dev/shm, ...)."""
     container: Container | None = None
     environment: Environment = Environment()
 
 
-def load_profile(name: str) -> Profile:
-    """A shipped profile by name, or a user's own by the path of a .toml file.
+def load_profile(name: str, sections: Mapping[str, type[Section]]) -> tuple[Profile, dict[str, Section]]:
+    """A shipped profile by name, or a user's own by the path of a .toml file: the common part, and every section.
 
-    Raises UserError naming the key, and the nearest known one.
+    sections: by the name of the back end that reads it. Raises UserError naming the key, and the nearest known one.
     """
     own = "/" in name or name.endswith(".toml")
     path = Path(name) if own else SHIPPED / f"{name}.toml"
     if not own and not path.exists():
-        raise UserError(f"--on slurm:{name}: no such profile; shipped: {', '.join(shipped())}; or name a .toml file")
-    settings = toml.read(path, "profile")
+        raise UserError(f"profile {name}: no such profile; shipped: {', '.join(shipped())}; or name a .toml file")
+    fields: dict[str, Any] = {section: (model, model()) for section, model in sections.items()}
+    whole = create_model("WholeProfile", __base__=Profile, **fields)
+    settings, moved = _sectioned(toml.read(path, "profile"), path)
     try:
-        profile = Profile.model_validate(settings)
+        read = whole.model_validate(settings)
     except ValidationError as error:
-        raise UserError(f"profile {path}: {toml.first_problem(error, Profile)}") from None
-    for variable in profile.environment.set:
+        raise UserError(f"profile {path}: {toml.first_problem(error, whole)}") from None
+    _check_variables(read.environment, path)
+    if moved:
+        print(f"remit: profile {path}: write {', '.join(moved)} under a line [{FLAT}]", file=sys.stderr, flush=True)
+    profile = Profile.model_validate({name: getattr(read, name) for name in Profile.model_fields})
+    return profile, {section: getattr(read, section) for section in sections}
+
+
+def _sectioned(settings: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Settings with the keys that stand at the top, but belong to the section FLAT, in it; and which these are."""
+    section = settings.get(FLAT, {})
+    moved = [key for key, value in settings.items() if key not in Profile.model_fields and not isinstance(value, dict)]
+    if not isinstance(section, dict):
+        return settings, []
+    if both := [key for key in moved if key in section]:
+        raise UserError(f"profile {path}: {both[0]} stands at the top and in [{FLAT}]: remove it at the top")
+    kept = {key: value for key, value in settings.items() if key not in moved}
+    return {**kept, FLAT: {**section, **{key: settings[key] for key in moved}}}, moved
+
+
+def _check_variables(environment: Environment, path: Path) -> None:
+    for where, names in (("pass", environment.passed), ("set", tuple(environment.set))):
+        for variable in names:
+            if OURS.fullmatch(variable):
+                raise UserError(
+                    f"profile {path}: environment.{where} has {variable}, by which ranks are told what to run and "
+                    "which of them they are: remove it there"
+                )
+    for variable in environment.set:
         if SECRET.search(variable):
             raise UserError(
                 f"profile {path}: environment.set.{variable} looks like a secret, and the job script would tell it: "
                 f"name it in environment.pass, and set it where you launch"
             )
-    return profile
 
 
 def shipped() -> list[str]:

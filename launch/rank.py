@@ -8,41 +8,24 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from launch import environment
-from remit_megatron.cli import main as remit
+from launch.command import become_remit
+from launch.place import torch_variables
 from remit_megatron.config import load_recipe
 from remit_megatron.errors import UserError
 from remit_megatron.processes import hold_stop_signals
 
 
-def main(argv: Sequence[str]) -> int:
-    """argv: a command of `remit` with its recipe. Returns the exit code."""
+def main(argv: Sequence[str]) -> NoReturn:
+    """argv: a command of `remit` with its recipe. What it sets is in place before that command imports anything."""
     if argv[:1] == ["train"] or "--follow" in argv:  # the commands that listen
         hold_stop_signals()
     os.environ.update(torch_variables(os.environ))
     redirect_output(os.environ)
     apply_rules(argv)
-    return remit(argv)
-
-
-def torch_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """RANK and the like, from SLURM's names for them; none where torchrun has set them.
-
-    Where SLURM gives each task one GPU of its own, that is device 0 for every one of them.
-    """
-    if "RANK" in variables or "SLURM_PROCID" not in variables:
-        return {}
-    total, nodes = int(variables["SLURM_NTASKS"]), int(variables.get("SLURM_NNODES", "1"))
-    local = variables["SLURM_LOCALID"]
-    per_node = int(variables.get("SLURM_NTASKS_PER_NODE") or total // nodes)
-    visible = variables.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return {
-        "RANK": variables["SLURM_PROCID"],
-        "WORLD_SIZE": str(total),
-        "LOCAL_RANK": "0" if len(visible) == 1 and visible[0] and per_node > 1 else local,
-        "LOCAL_WORLD_SIZE": str(per_node),
-    }
+    become_remit(argv)
 
 
 def redirect_output(variables: Mapping[str, str]) -> None:
@@ -80,4 +63,4 @@ def apply_rules(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -4,17 +4,21 @@ import importlib.metadata
 import json
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import remit_megatron
+from launch.record import CodeFile, read_file
 from remit_megatron.config import Recipe, dump_toml
-from remit_megatron.data.files import write_atomically
+from remit_megatron.data.files import is_held, write_atomically
 from remit_megatron.errors import UserError
-from remit_megatron.train.folder import RunFolder
+from remit_megatron.run.folder import RunFolder
 
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 LOCAL_TYPES = ("tmpfs", "ramfs", "overlay")
+LOCK = ".lock"
+"""What the process that trains in a run folder holds."""
 
 
 def check_shared(run: Path, nodes: int, shared_folders: tuple[str, ...]) -> None:
@@ -50,6 +54,14 @@ def check_free(run: Path, recipe: Recipe) -> None:
         raise UserError(f"run = '{run}': {existing} is no folder: name another one")
 
 
+def lock_is_held(run: Path) -> bool | None:
+    """Whether a process trains in a run folder, as far as this machine sees locks of its file system; None: unknown."""
+    try:
+        return is_held(run / LOCK) if (run / LOCK).exists() else None
+    except OSError:
+        return None
+
+
 def prepare(run: Path, recipe: Recipe) -> list[str]:
     """Create the folder: recipe.toml, code.json, code.diff, environment.txt, logs/. Returns remarks for the user.
 
@@ -61,19 +73,30 @@ def prepare(run: Path, recipe: Recipe) -> list[str]:
         raise UserError(f"run = '{run}' cannot be used: {error}: name another folder") from None
     remarks = []
     code, diff = code_state()
-    before = _read(run / "code.json")
-    if before and before.get("commit") != code["commit"]:
-        remarks.append(f"the run was begun with commit {before.get('commit')}, and goes on with {code['commit']}")
-        write_atomically(
-            run / f"code.{before.get('launched_unix_s', 0):.0f}.json", json.dumps(before, indent=1).encode()
-        )
+    try:
+        before = read_file(run / "code.json", CodeFile)
+    except UserError as error:
+        remarks.append(f"{error}; it is written anew")
+        before = None
+    if before and before.commit != code["commit"]:
+        remarks.append(f"the run was begun with commit {before.commit}, and goes on with {code['commit']}")
+        _write_json(run / f"code.{before.launched_unix_s:.0f}.json", before.model_dump(exclude_unset=True))
     write_atomically(run / "recipe.toml", dump_toml(recipe).encode())
-    write_atomically(run / "code.json", (json.dumps(code, indent=1) + "\n").encode())
+    _write_json(run / "code.json", code)
     write_atomically(run / "code.diff", diff)
     write_atomically(run / "environment.txt", "".join(f"{line}\n" for line in installed()).encode())
     if code["dirty"]:
         remarks.append(f"the code has changes that no commit has: {run / 'code.diff'}")
     return remarks
+
+
+def record_launch(run: Path, backend: str, jobs: Sequence[str] = ()) -> None:
+    """Write launch.json, by which `remit status` knows whom to ask."""
+    _write_json(run / "launch.json", {"backend": backend, "jobs": list(jobs), "launched_unix_s": time.time()})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def code_state() -> tuple[dict[str, Any], bytes]:
@@ -104,11 +127,3 @@ def installed() -> list[str]:
     """Every installed distribution as `name==version`."""
     found = {(d.metadata["Name"] or "", d.version) for d in importlib.metadata.distributions()}
     return sorted((f"{name}=={version}" for name, version in found if name), key=str.lower)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

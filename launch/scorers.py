@@ -5,9 +5,9 @@ import functools
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 
+from launch.command import remit
 from launch.local import run_local
 from remit_megatron.config import Recipe
 from remit_megatron.errors import UserError
@@ -32,17 +32,16 @@ def run_with_scorers(recipe: Recipe, both: list[str], train: list[str], nproc: i
         raise UserError("--scorers: the recipe has no [reference] to score with")
     if recipe.reference.queue is None:
         both = [*both, "--set", "reference.queue.fallback=online"]
-    remit = [sys.executable, "-m", "remit_megatron.cli"]
     environment = {**os.environ, **devices(os.environ, nproc, scorers)}
     scorer = subprocess.Popen(
-        [*remit, "score", *both, "--follow", "--nproc", str(scorers)],
+        remit(["score", *both, "--follow", "--nproc", str(scorers)]),
         env=environment,
         start_new_session=True,  # Ctrl-C is for the run, which still needs scores for the step that it finishes
         preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )
     code = None
     try:
-        code = run_local([*remit, "train", *both, *train], nproc, listens=True)
+        code = run_local(remit(["train", *both, *train]), nproc, listens=True)
         return code
     finally:
         if code == 0:  # it then hears that the run is done

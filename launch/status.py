@@ -1,82 +1,70 @@
-"""`remit status`: what a run does, how far it is and why it was restarted, from the files of its folder alone.
+"""`remit status`: what a run does, how far it is and why it was restarted, from its folder and whoever runs it.
 
 `python -m launch.status RUN --failed REASON` is for job scripts: it writes into status.json why a job gives up.
 """
 
 import argparse
-import json
-import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from remit_megatron.data.files import write_atomically
+import orjson
+
+from launch.backends import BACKENDS
+from launch.backends.base import Life
+from launch.record import (
+    Event,
+    LaunchFile,
+    StatusFile,
+    mark_failed,
+    read_events,
+    read_file,
+    read_status,
+    shown,
+)
+from launch.run_folder import lock_is_held
 from remit_megatron.errors import RemitError, UserError
 
-NUMBERS = (
-    *("step", "total_steps", "tokens", "loss", "tokens_per_s", "checkpoint_step", "eta_s", "exit_code"),
-    *("started_unix_s", "updated_unix_s"),
-)
 OUTCOMES = {"end": "ended", "requeue": "queued again", "preempted": "preempted"}
+UNDER_WAY = ("starting", "running")
+"""States of status.json that are no end."""
 SILENT_S = 300
 """A run that says it runs and has not written for so long gets a remark."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A line of logs/events.tsv, which job scripts write."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """What the files of a run folder tell."""
 
-    unix_s: int
-    start: str
-    """job.restart"""
-    name: str
-    """start, preempted, requeue or end"""
-    step: int
-    """Newest checkpoint then; -1: none."""
-    detail: str
+    run: Path
+    status: StatusFile | None
+    events: list[Event]
+    launched: LaunchFile | None
 
+    @property
+    def job(self) -> str | None:
+        return self.status.job if self.status else None
 
-def read_events(run: Path) -> list[Event]:
-    """In order of time; none where no job script has run. Lines that a full disk has cut are left out."""
-    try:
-        lines = (run / "logs" / "events.tsv").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    events = []
-    for line in lines:
-        parts = line.split("\t")
-        if len(parts) == 5 and parts[0].isdigit() and parts[3].removeprefix("-").isdigit():
-            events.append(Event(int(parts[0]), parts[1], parts[2], int(parts[3]), parts[4]))
-    return events
+    @property
+    def last(self) -> Event | None:
+        return self.events[-1] if self.events else None
 
-
-def end_of(jobs: Sequence[str], events: list[Event]) -> int | None:
-    """The exit code with which the last of these jobs ended; None where none has said."""
-    for event in reversed(events):
-        found = re.search(r"\(exit code (\d+)\)$", event.detail)
-        if event.name == "end" and found and event.start.partition(".")[0] in jobs:
-            return int(found[1])
-    return None
-
-
-def read_status(run: Path) -> dict[str, Any] | None:
-    """status.json; None where there is none yet. Raises UserError for one that cannot be read."""
-    path = run / "status.json"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(name, 0), int | float | None) for name in NUMBERS
-    ):
-        raise UserError(f"{path}: holds no status")
-    return content
+    def life(self) -> Life | None:
+        """Whether its processes are there: one holds the lock, or the place where they should be knows."""
+        if lock_is_held(self.run):
+            return Life.LIVES
+        name = self.launched.backend if self.launched else None
+        if name is None:  # started by hand, or by a version that did not write it down
+            name = "slurm" if self.events or self.job or (self.run / "job.sbatch").exists() else "local"
+        if name not in BACKENDS:
+            return None
+        jobs = [*(self.launched.jobs if self.launched else ()), *([self.job] if self.job else ())]
+        jobs += [self.last.start.partition(".")[0]] if self.last else []
+        jobs = [job for job in dict.fromkeys(jobs) if job.isascii() and job.isdigit()]
+        return BACKENDS[name].status(self.run, jobs, self.status.host if self.status else None)
 
 
 def report(run: Path, now_unix_s: float | None = None) -> str:
@@ -84,79 +72,129 @@ def report(run: Path, now_unix_s: float | None = None) -> str:
     if not (run / "recipe.toml").exists() and not (run / "status.json").exists():
         raise UserError(f"{run}: no run here: name the folder that a recipe's `run` names")
     now = time.time() if now_unix_s is None else now_unix_s
-    events, remarks = read_events(run), []
-    try:
-        status = read_status(run)
-    except UserError as error:  # a crash of the machine can leave it empty
-        status, remarks = None, [f"            {error}"]
-    lines = [f"{run}", *_state(run, status, events, now), *remarks]
-    if status and status.get("step") is not None:
-        lines += _progress(status)
-    lines += _restarts(events)
+    told, remarks = _read(run)
+    lines = [f"{run}", *_state(told, now), *(f"            {remark}" for remark in remarks)]
+    if told.status and told.status.step is not None:
+        lines += _progress(told.status)
+    lines += [*_skipped(run), *_restarts(told.events)]
     return "\n".join(lines)
 
 
-def _state(run: Path, status: dict[str, Any] | None, events: list[Event], now: float) -> list[str]:
-    if status is None:
-        submitted = "waits for SLURM" if (run / "job.sbatch").exists() and not events else "has not started"
-        last = events[-1] if events else None
-        if last and last.name != "start":
-            return [
-                f"state       {_outcome(last)}",
-                f"job         {last.start} {last.name}",
-            ]
-        return [f"state       {f'starting: job {last.start}' if last else submitted}"]
-    state = status.get("state", "unknown")
-    if _outlived(status, events):
-        return [
-            f"state       {_outcome(events[-1])}",
-            f"job         {events[-1].start} {events[-1].name}; its ranks had last said: {state}",
-        ]
-    text = f"state       {state}"
-    if status.get("exit_code") is not None:
-        text += f" (exit code {status['exit_code']})"
-    if status.get("reason"):
-        text += f": {status['reason']}"
-    lines = [text]
-    where = status.get("host") or "no rank has got as far as saying where it is"
-    if status.get("job"):
-        where = f"job {status['job']}.{status.get('restart', 0)} on {where}"
-    age = max(0.0, now - (status.get("updated_unix_s") or now))
+def _read(run: Path) -> tuple[_Told, list[str]]:
+    """And a remark for each file that cannot be used: a crash of the machine can leave it empty."""
+    status, events, launched = None, list[Event](), None
+    remarks = []
+    try:
+        status = read_status(run)
+    except UserError as error:
+        remarks.append(str(error))
+    try:
+        events = read_events(run)
+    except UserError as error:
+        remarks.append(str(error))
+    try:
+        launched = read_file(run / "launch.json", LaunchFile)
+    except UserError as error:
+        remarks.append(str(error))
+    return _Told(run=run, status=status, events=events, launched=launched), remarks
+
+
+def _state(told: _Told, now: float) -> list[str]:
+    if told.status is None:
+        return _before_any_status(told)
+    status, last = told.status, told.last
+    state = shown(status.state or "unknown")
+    if last and _outlived(status, last):
+        return [f"state       {_outcome(last)}", f"job         {_named(last)}; its ranks had last said: {state}"]
+    claimed = _claimed(told, state)
+    lines = [f"state       {claimed}"]
+    where = shown(status.host or "no rank has got as far as saying where it is")
+    if status.job:
+        where = f"job {shown(status.job)}.{status.restart or 0} on {where}"
+    age = max(0.0, now - (status.updated_unix_s or now))
     lines.append(f"where       {where}, last word {_duration(age)} ago")
-    ended = bool(events) and events[-1].name == "end"
-    if state in ("starting", "running") and not ended and age > SILENT_S:
-        lines.append(f"            no word for {_duration(age)}: see the newest folder of {run / 'logs'}")
-    last = events[-1] if events else None
-    if last and last.name != "start" and last.unix_s >= (status.get("started_unix_s") or 0):
-        lines.append(f"job         {last.start} {last.name}: {last.detail}")
+    if claimed in UNDER_WAY and age > SILENT_S:
+        lines.append(f"            no word for {_duration(age)}: see the newest folder of {told.run / 'logs'}")
+    if last and last.name != "start" and last.unix_s >= (status.started_unix_s or 0):
+        lines.append(f"job         {_named(last)}: {shown(last.detail)}")
     return lines
+
+
+def _claimed(told: _Told, state: str) -> str:
+    """A state of status.json, if it can be: who was killed has not written that it ended."""
+    assert told.status is not None
+    if state in UNDER_WAY:
+        life = told.life()
+        if life is Life.GONE:
+            return f"ended without a last word: killed, or its node was lost; it had last said: {state}"
+        if life is Life.WAITS:
+            return f"waits to start again; it had last said: {state}"
+        if life is None and lock_is_held(told.run) is False:
+            host = shown(told.status.host or "its host")
+            return f"unknown: it had last said: {state}; nothing here holds {told.run / '.lock'}, {host} would know"
+    text = state + (f" (exit code {told.status.exit_code})" if told.status.exit_code is not None else "")
+    return text + (f": {shown(told.status.reason)}" if told.status.reason else "")
+
+
+def _before_any_status(told: _Told) -> list[str]:
+    last = told.last
+    if last and last.name != "start":
+        return [f"state       {_outcome(last)}", f"job         {_named(last)}"]
+    life = told.life()
+    if last:
+        gone = "ended without a last word: killed, or its node was lost"
+        return [f"state       {gone if life is Life.GONE else 'starting'}: job {shown(last.start)}"]
+    if life is Life.GONE and told.launched and told.launched.jobs:
+        return [f"state       has not started, and never will: job {shown(', '.join(told.launched.jobs))} is gone"]
+    return [f"state       {'waits for SLURM' if (told.run / 'job.sbatch').exists() else 'has not started'}"]
+
+
+def _named(event: Event) -> str:
+    return f"{shown(event.start)} {shown(event.name)}"
 
 
 def _outcome(event: Event) -> str:
-    return f"{OUTCOMES.get(event.name, event.name)}: {event.detail}"
+    return f"{OUTCOMES.get(event.name, shown(event.name))}: {shown(event.detail)}"
 
 
-def _outlived(status: dict[str, Any], events: list[Event]) -> bool:
+def _outlived(status: StatusFile, last: Event) -> bool:
     """Whether the newest start ended without a last word in status.json, which then tells of less."""
-    if not events or events[-1].name == "start" or events[-1].unix_s < (status.get("started_unix_s") or 0):
+    if last.name == "start" or last.unix_s < (status.started_unix_s or 0):
         return False
-    of_that_start = f"{status.get('job')}.{status.get('restart', 0)}" == events[-1].start
-    return not of_that_start or status.get("state") in ("starting", "running")
+    return f"{status.job}.{status.restart or 0}" != last.start or status.state in UNDER_WAY
 
 
-def _progress(status: dict[str, Any]) -> list[str]:
-    step, total = status["step"], status.get("total_steps") or 0
+def _progress(status: StatusFile) -> list[str]:
+    step, total = status.step or 0, status.total_steps or 0
     share = f" ({step / total:.1%})" if total else ""
-    lines = [f"step        {step:,} of {total:,}{share}, {status.get('tokens') or 0:,} tokens"]
-    checkpoint = status.get("checkpoint_step")
+    lines = [f"step        {step:,} of {total:,}{share}, {status.tokens or 0:,} tokens"]
+    checkpoint = status.checkpoint_step
     lines.append(f"checkpoint  {f'step {checkpoint:,}' if checkpoint is not None else 'none yet'}")
-    if status.get("loss") is not None:
-        lines.append(f"loss        {status['loss']:.4f}")
-    if status.get("tokens_per_s") is not None:
-        lines.append(f"speed       {status['tokens_per_s']:,.0f} tokens/s")
-    if status.get("eta_s") is not None and status.get("state") == "running":
-        lines.append(f"time left   {_duration(status['eta_s'])}")
+    if status.loss is not None:
+        lines.append(f"loss        {status.loss:.4f}")
+    if status.tokens_per_s is not None:
+        lines.append(f"speed       {status.tokens_per_s:,.0f} tokens/s")
+    if status.eta_s is not None and status.state == "running":
+        lines.append(f"time left   {_duration(status.eta_s)}")
     return lines
+
+
+def _skipped(run: Path) -> list[str]:
+    """Of metrics.jsonl: how many steps changed nothing, because their gradient was not finite."""
+    count, newest = 0, None
+    try:
+        with (run / "metrics.jsonl").open("rb") as stream:
+            for line in stream:
+                try:
+                    fields = orjson.loads(line) if b'"skipped"' in line else None
+                except orjson.JSONDecodeError:  # cut, as the last one may be
+                    continue
+                if isinstance(fields, dict) and fields.get("skipped") == 1:
+                    count, newest = count + 1, fields.get("step")
+    except OSError:
+        return []
+    last = f", the last of them step {newest:,}" if isinstance(newest, int) else ""
+    return [f"skipped     {count:,} steps, whose gradient norm was not finite{last}"] if count else []
 
 
 def _restarts(events: list[Event]) -> list[str]:
@@ -167,21 +205,11 @@ def _restarts(events: list[Event]) -> list[str]:
         if event.name == "start" and before is not None:
             step = f"from step {event.step:,}" if event.step >= 0 else "from the beginning"
             # A start that wrote no end was ended from outside: its node was lost, or it was killed.
-            why = "lost without a word: a node, or killed" if before.name == "start" else before.detail
+            why = "lost without a word: a node, or killed" if before.name == "start" else shown(before.detail)
             when = datetime.fromtimestamp(event.unix_s).strftime("%Y-%m-%d %H:%M:%S")
-            lines.append(f"            {when}  {event.start} {step}: {why}")
+            lines.append(f"            {when}  {shown(event.start)} {step}: {why}")
         before = event
     return [f"restarts    {len(lines)}", *lines] if before else []
-
-
-def mark_failed(run: Path, reason: str) -> None:
-    """Say in status.json that the run has failed, and why. Raises RunError where it cannot be written."""
-    try:
-        status = read_status(run) or {}
-    except UserError:
-        status = {}
-    status.update(state="failed", exit_code=1, reason=" ".join(reason.split()), eta_s=None, updated_unix_s=time.time())
-    write_atomically(run / "status.json", (json.dumps(status, indent=1) + "\n").encode())
 
 
 def _duration(seconds: float) -> str:

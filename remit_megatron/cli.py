@@ -1,4 +1,8 @@
-"""The `remit` command: thin; each subcommand calls the part of the package that does the work."""
+"""The `remit` command: thin; each subcommand calls the part of the package that does the work.
+
+Nothing heavy is imported before a command needs it: torch and Megatron take seconds of processor time, and a mistake in
+a recipe, or a look at a run, should not wait for them.
+"""
 
 import argparse
 import os
@@ -6,14 +10,20 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from remit_megatron import __version__
 from remit_megatron.arguments import positive, shard
 from remit_megatron.errors import RemitError, UserError
+from remit_megatron.processes import while_read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a RemitError into one line on stderr and its exit code."""
+    return while_read(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     _quiet_libraries()
     try:
@@ -25,10 +35,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """All commands. The functions that they name import what they need when they run."""
+    from data_prep import cli as data_cli
+    from remit_megatron.analysis import cli as analysis_cli
+    from remit_megatron.convert import cli as convert_cli
+    from remit_megatron.eval import cli as benchmark_cli
+    from remit_megatron.flywheel import cli as flywheel_cli
+    from remit_megatron.posttrain import cli as post_cli
+
     parser = argparse.ArgumentParser(prog="remit", description="ReMiT mid-training on Megatron-Core.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_running(commands)
+    _add_planning(commands)
+    _add_launching(commands)
+    analysis_cli.add_parser(commands)
+    data_cli.add_parser(commands)
+    convert_cli.add_parser(commands)
+    benchmark_cli.add_parser(commands)
+    flywheel_cli.add_parser(commands)
+    post_cli.add_parser(commands)
+    return parser
 
+
+def _add_running(commands: Any) -> None:
+    """What runs models: train, eval, score."""
     train = commands.add_parser("train", help="train a recipe, or go on with it")
     _add_recipe(train)
     train.add_argument("--nproc", type=positive, metavar="N", help="start N local ranks")
@@ -57,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--nproc", type=positive, metavar="N", help="start N local ranks")
     score.set_defaults(func=_score)
 
+
+def _add_planning(commands: Any) -> None:
+    """What looks at a recipe or at this machine: check, plan, doctor."""
     check = commands.add_parser("check", help="validate a recipe and what it names; trains nothing")
     _add_recipe(check)
     check.add_argument("--ranks", type=positive, metavar="N", help="that it is to start on; default: the fewest")
@@ -69,6 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is reached; default: 0.4")
     plan.set_defaults(func=_plan)
 
+    doctor = commands.add_parser("doctor", help="versions, devices, and which optional parts are usable here")
+    doctor.set_defaults(func=_doctor)
+
+
+def _add_launching(commands: Any) -> None:
+    """What starts runs elsewhere and looks at them: launch, status, sync-wandb."""
     launch = commands.add_parser("launch", help="start a recipe here, in a container, or on a SLURM cluster")
     _add_recipe(launch)
     launch.add_argument("--on", default="local", metavar="TARGET", help="local, docker[:PROFILE] or slurm[:PROFILE]")
@@ -90,23 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
     sync.add_argument("--offline", action="store_true", help="into a folder that `wandb sync` sends later")
     sync.set_defaults(func=_sync_wandb)
 
-    doctor = commands.add_parser("doctor", help="versions, devices, and which optional parts are usable here")
-    doctor.set_defaults(func=_doctor)
-    from data_prep import cli as data_cli
-    from remit_megatron.analysis import cli as analysis_cli
-    from remit_megatron.convert import cli as convert_cli
-    from remit_megatron.eval import cli as benchmark_cli
-    from remit_megatron.flywheel import cli as flywheel_cli
-    from remit_megatron.posttrain import cli as post_cli
-
-    analysis_cli.add_parser(commands)
-    data_cli.add_parser(commands)
-    convert_cli.add_parser(commands)
-    benchmark_cli.add_parser(commands)
-    flywheel_cli.add_parser(commands)
-    post_cli.add_parser(commands)
-    return parser
-
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="recipe file (TOML)")
@@ -119,6 +142,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from remit_megatron.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.nproc is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        from remit_megatron.check import check_start
+
+        check_start(recipe, arguments.nproc or 1)
     more = ["--fallback"] if arguments.fallback else []
     if arguments.scorers is not None:
         from launch.scorers import run_with_scorers
@@ -144,7 +171,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             if getattr(arguments, flag):
                 command += [f"--{flag}", getattr(arguments, flag)]
         return _start_ranks(command, arguments.nproc)
-    from remit_megatron.train.evaluate import evaluate_checkpoint
+    from remit_megatron.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(recipe, arguments.checkpoint, arguments.problems, arguments.max_new_tokens, arguments.output)
     return 0
@@ -152,7 +179,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     from remit_megatron.config import load_recipe
-    from remit_megatron.train.score import score_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.follow and (arguments.output or arguments.check or arguments.export or arguments.shard != (0, 1)):
@@ -161,7 +187,7 @@ def _score(arguments: argparse.Namespace) -> int:
             "--export do not go with it"
         )
     if arguments.export:
-        from remit_megatron.train.export import export_scores
+        from remit_megatron.scores.export import export_scores
 
         print(*export_scores(recipe, arguments.output, arguments.export), sep="\n")
         return 0
@@ -172,17 +198,19 @@ def _score(arguments: argparse.Namespace) -> int:
         command += ["--follow"] if arguments.follow else []
         return _start_ranks(command, arguments.nproc, listens=arguments.follow)
     if arguments.follow:
-        from remit_megatron.train.follow import follow_run
+        from remit_megatron.scores.follow import follow_run
 
         follow_run(recipe)
         return 0
+    from remit_megatron.scores.score import score_recipe
+
     score_recipe(recipe, arguments.output, arguments.shard, arguments.check)
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from remit_megatron.check import check_recipe
     from remit_megatron.config import load_recipe
-    from remit_megatron.train.check import check_recipe
 
     print(check_recipe(load_recipe(arguments.recipe, arguments.overrides), arguments.ranks))
     return 0
@@ -230,7 +258,7 @@ def _sync_wandb(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from remit_megatron.train.doctor import report
+    from remit_megatron.doctor import report
 
     print(report())
     return 0
@@ -241,9 +269,10 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _start_ranks(command: list[str], nproc: int, *, listens: bool = False) -> int:
+    from launch.command import remit
     from launch.local import run_local
 
-    return run_local([sys.executable, "-m", "remit_megatron.cli", *command], nproc, listens=listens)
+    return run_local(remit(command), nproc, listens=listens)
 
 
 def _quiet_libraries() -> None:

@@ -7,15 +7,16 @@ What Megatron, NCCL and the allocator take besides (1 to 4 GB a GPU) is not in t
 from dataclasses import dataclass
 from pathlib import Path
 
+from remit_megatron import flops
 from remit_megatron.config import Parallel, Recipe
 from remit_megatron.errors import UserError
+from remit_megatron.fit import check_fit, num_microbatches
 from remit_megatron.hf.config import read_json
 from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import is_hf_folder
-from remit_megatron.shape import ModelShape, check_layout
-from remit_megatron.train import flops
-from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint
-from remit_megatron.train.models import student_shape
+from remit_megatron.presets import student_shape
+from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
+from remit_megatron.shape import ModelShape
 
 GB = 1e9
 
@@ -128,28 +129,6 @@ def _activation_bytes(recipe: Recipe, shape: ModelShape, stage: int, tokens: int
     return one * layers * flight * interleaved
 
 
-def num_microbatches(recipe: Recipe, num_gpus: int) -> int:
-    """Microbatches of a step on each data-parallel rank. Raises UserError when something does not divide."""
-    p = recipe.parallel
-    ranks = p.tensor * p.pipeline * p.context
-    if num_gpus % ranks:
-        raise UserError(
-            f"--gpus {num_gpus} does not divide by parallel.tensor x pipeline x context = {p.tensor} x {p.pipeline} x "
-            f"{p.context} = {ranks}"
-        )
-    per_round = num_gpus // ranks * recipe.batch.microbatch_samples
-    if recipe.global_batch_samples % per_round:
-        raise UserError(
-            f"batch.global_batch_tokens = {recipe.batch.global_batch_tokens} is {recipe.global_batch_samples} samples, "
-            f"which do not divide by batch.microbatch_samples x data-parallel ranks = "
-            f"{recipe.batch.microbatch_samples} x {num_gpus // ranks}"
-        )
-    count = recipe.global_batch_samples // per_round
-    if p.virtual_pipeline > 1 and count % p.pipeline:
-        raise UserError(f"batch: {count} microbatches a step do not divide by parallel.pipeline = {p.pipeline}")
-    return count
-
-
 def step_flops(recipe: Recipe, shape: ModelShape, reference: ModelShape | None) -> float:
     """Floating-point operations of one step: forward, backward, the reference's forward, and what is recomputed."""
     length = recipe.data.sequence_length
@@ -169,18 +148,16 @@ def plan(recipe: Recipe, num_gpus: int, gpu: str = "H100", mfu: float = 0.4) -> 
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu:g} is no share between 0 and 1")
     shape = student_shape(recipe, _known_shape(recipe.model.init, "model.init"))
-    check_layout(shape, recipe.parallel, "model")
-    count = num_microbatches(recipe, num_gpus)
     reference, assumed = None, ""
     if recipe.reference is not None:
         reference = _known_shape(recipe.reference.path, "reference.path")
         if reference is None:
             reference, assumed = shape, " (not on this machine: taken to be of the student's size)"
-        check_layout(reference, recipe.parallel, "reference")
+    count = check_fit(recipe, shape, reference, device_type="cuda", num_ranks=num_gpus)
     p = recipe.parallel
     data = num_gpus // (p.tensor * p.pipeline * p.context)
     lines = [
-        f"{recipe.run}: objective {recipe.build_objective().name}, {recipe.train_steps:,} steps of "
+        f"{recipe.run}: objective {recipe.objective.name}, {recipe.train_steps:,} steps of "
         f"{recipe.batch.global_batch_tokens:,} tokens",
         f"model      {shape.num_parameters() / 1e9:.3f}B parameters",
     ]

@@ -2,8 +2,9 @@
 
 import difflib
 
+from remit_megatron.config import Recipe
 from remit_megatron.errors import UserError
-from remit_megatron.shape import Latent, ModelShape
+from remit_megatron.shape import Latent, ModelShape, resolve_shape
 
 PRESETS: dict[str, ModelShape] = {
     # allenai/OLMo-2-0425-1B: 1,484,916,736 parameters. The tokenizer has 100,278 tokens; the rows past them are part
@@ -73,3 +74,12 @@ def check_preset(name: str, carried: ModelShape) -> None:
         a, b = getattr(published, key), getattr(carried, key)
         if key != "rope_theta" and a != b:
             raise UserError(f"model.preset = '{name}' has {key} = {a}, the checkpoint of model.init has {b}")
+
+
+def student_shape(recipe: Recipe, carried: ModelShape | None) -> ModelShape:
+    """The student's shape: of its initial checkpoint, else of the preset, else as the recipe gives it."""
+    if recipe.model.preset is not None:
+        if carried is not None:
+            check_preset(recipe.model.preset, carried)
+        carried = carried or preset_shape(recipe.model.preset)
+    return resolve_shape(recipe.model, carried)

@@ -2,12 +2,40 @@
 
 import ctypes
 import os
+import select
 import signal
 import sys
+from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """They ask a run to save and stop."""
+
+
+READER_GONE = 128 + signal.SIGPIPE
+"""Exit code of a command whose output nobody reads any more, as of any other program in `... | head`."""
+
+
+def while_read(command: Callable[[], int]) -> int:
+    """Run a command. Where the reader of its output has gone, as `head` does, it ends in silence with READER_GONE."""
+    try:
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()  # here, and not when the interpreter ends, where the error could only be printed
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream.fileno())]
+        if not gone:
+            raise  # another pipe's, or a socket's
+        for stream in gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return READER_GONE
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def hold_stop_signals() -> None:

@@ -9,34 +9,56 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from remit_megatron.errors import UserError
+from remit_megatron.outside import QUOTED, is_too_deep, quote, read_bytes
+
+MAX_BYTES = 4 << 20
+"""Of a TOML file."""
 
 
 def read(path: Path, what: str) -> dict[str, Any]:
     """A file's settings. Raises UserError naming it; what: such as "recipe"."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{what} {path}: no valid TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path}: cannot be read: {error}") from None
+        return parse(read_bytes(path, what, limit=MAX_BYTES).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path}: no UTF-8 at byte {error.start}") from None
+    except ValueError as error:
+        raise UserError(f"{what} {path}: no valid TOML: {quote(str(error))}") from None
+
+
+def parse(text: str) -> dict[str, Any]:
+    """A TOML document. Raises ValueError saying what is wrong, for numbers or nesting past any sense too."""
+    try:
+        settings = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if is_too_deep(settings):
+        raise ValueError("nested too deep")
+    return settings
 
 
 def override(settings: dict[str, Any], assignment: str) -> None:
     """Set one key as `key.sub=value`, the value in TOML syntax or a bare string. Raises UserError for other text."""
     key, equals, text = assignment.partition("=")
     names = key.strip().split(".")
+    shown = quote(assignment)
     if not equals or not all(names):
-        raise UserError(f"--set {assignment}: write it as key=value, for example optimizer.peak_lr=3e-4")
+        raise UserError(f"--set {shown}: write it as key=value, for example optimizer.peak_lr=3e-4")
+    if not text.strip():
+        raise UserError(f"--set {shown}: no value; an empty text is written {names[-1]}='\"\"', and no value is the "
+                        "default: leave the key out")  # fmt: skip
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
+        parsed = parse(f"value = {text}")
+        if parsed.keys() != {"value"}:
+            raise UserError(f"--set {shown}: sets {len(parsed)} keys: give each a --set of its own")
+        value = parsed["value"]
+    except ValueError as error:
         value = text.strip()
-        if value.startswith(("'", '"', "[", "{")):
-            raise UserError(f"--set {assignment}: no valid TOML value: {error}") from None
+        if value.startswith(("'", '"', "[", "{")) or not value.isprintable():
+            raise UserError(f"--set {shown}: no valid TOML value: {quote(str(error))}") from None
     for name in names[:-1]:
         settings = settings.setdefault(name, {})
         if not isinstance(settings, dict):
-            raise UserError(f"--set {assignment}: {name} is not a section")
+            raise UserError(f"--set {shown}: {name} is not a section")
     settings[names[-1]] = value
 
 
@@ -45,18 +67,18 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
 
     An unknown key goes first: misspelt, it is also why another one is missing.
     """
-    problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    where = [str(part) for part in problem["loc"]]
-    key = ".".join(where)
-    if problem["type"] == "extra_forbidden":
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    where = [str(part) for part in first["loc"]]
+    key = quote(".".join(where), 100)
+    if first["type"] == "extra_forbidden":
         known = _keys_at(model, where[:-1])
         near = difflib.get_close_matches(where[-1], known, n=1) or difflib.get_close_matches(where[-1], known, 1, 0.4)
         return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
-    if problem["type"] == "missing":
+    if first["type"] == "missing":
         return f"missing key {key}"
-    message = problem["msg"].removeprefix("Value error, ")
-    value = problem.get("input")
-    got = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+    message = quote(first["msg"].removeprefix("Value error, "), 2 * QUOTED)
+    value = first.get("input")
+    got = f" (got {quote(repr(value))})" if isinstance(value, str | int | float | bool) else ""
     return f"{key}: {message}{got}" if key else message
 
 

@@ -22,6 +22,7 @@ WEIGHTS = ("tests/ops/test_weights.py",)
 MEMORY = ("tests/ops/test_memory.py",)
 LINEAR_LOSS = ("tests/ops/test_linear_loss.py", "-k", "not tensor_parallel")
 OBJECTIVES = ("tests/objectives",)
+DEALING = ("tests/data/test_deal.py", "tests/data/test_microbatch.py")
 INTERPRETED = ("tests/ops/interpreted.py", "-k", "not tensor_parallel")
 INTERPRETED_RANKS = ("tests/ops/interpreted.py", "-k", "tensor_parallel")
 COMPILED = ("tests/ops/test_triton.py", "-k", "not interpreter")
@@ -168,7 +169,7 @@ MUTANTS = (
     Mutant(
         "weights: a float sum",
         WEIGHTS_FILE,
-        "steps_sum.double() / STEPS_PER_NAT",
+        "fixed_sum.double() / FIXED_POINT_PER_NAT",
         "gap.float().sum(1, keepdim=True).double()",
         WEIGHTS,
     ),
@@ -198,6 +199,34 @@ MUTANTS = (
         "stats.nll * kept",
         OBJECTIVES,
     ),
+    Mutant(
+        "deal: microbatches in a row", "data/deal.py", "microbatch * self.dp_size + self.dp_rank", "microbatch", DEALING
+    ),
+    Mutant(
+        "deal: rounds not filled",
+        "data/deal.py",
+        "(self.turn_samples * round_of)) * round_of",
+        "self.turn_samples)",
+        DEALING,
+    ),
+    Mutant(
+        "deal: rows that fill up wrap round", "data/deal.py", "part[..., :held, :]", "part[..., -held:, :]", DEALING
+    ),
+    Mutant(
+        "context parallelism: no zigzag",
+        "ops/context_parallel.py",
+        "chunks[rank], chunks[2 * size - 1 - rank]",
+        "chunks[2 * rank], chunks[2 * rank + 1]",
+        DEALING,
+    ),
+    Mutant(
+        "microbatch: positions of a part",
+        "data/microbatch.py",
+        "positions=deal.positions(self.length, device)",
+        "positions=torch.arange(self.length // deal.cp_size)",
+        DEALING,
+    ),
+    Mutant("microbatch: a key is dropped", "data/microbatch.py", "if key not in BATCH_KEYS:", "if False:", DEALING),
     Mutant(
         "triton: lanes not rescaled",
         TRITON,

@@ -1,19 +1,25 @@
 """What the documentation shows runs, and gives what it says."""
 
+import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from examples.smoke.run import QUICK_OVERRIDES
 from launch.environment import RULES
 from launch.local import run_local
-from launch.smoke.run import QUICK_OVERRIDES
 from remit_megatron.cli import build_parser
+from remit_megatron.config import Recipe
+from remit_megatron.objectives.settings import ObjectiveSettings
+from remit_megatron.sections import Section
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,8 +52,8 @@ def test_plugin_script(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a clone in which `make smoke` has run, with a few steps of everything."""
     folder = tmp_path_factory.mktemp("clone")
-    (folder / "launch").symlink_to(ROOT / "launch")
-    run = run_in(folder, [sys.executable, "-W", "ignore", "-m", "launch.smoke", "--quick", "--out", "runs/smoke"])
+    (folder / "examples").symlink_to(ROOT / "examples")
+    run = run_in(folder, [sys.executable, "-W", "ignore", "-m", "examples.smoke", "--quick", "--out", "runs/smoke"])
     assert run.returncode == 0, run.stderr
     assert "exact match" in run.stdout.lower(), run.stdout
     return folder
@@ -124,6 +130,73 @@ def test_analyses_commands(smoke: Path) -> None:
     assert "| remit | 8,192 |" in run.stdout
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_pages_name_are_there(page: str) -> None:
+    """Each by its path in the repository or in the package; a name in capitals stands for one of your own."""
+    named = set(re.findall(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+\.(?:py|md|toml))`", (ROOT / page).read_text()))
+    named |= set(re.findall(r"`((?:[a-z_0-9]+/)+)`", (ROOT / page).read_text()))
+    assert named
+    of_a_run = {"recipe.toml", "checkpoints/", "queue/", "runs/"}
+    places = (ROOT, ROOT / "remit_megatron")
+    absent = [name for name in named - of_a_run if not any((place / name).exists() for place in places)]
+    assert not absent, f"{page} names {absent}"
+
+
+def test_architecture_has_every_layer() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    table = text[text.index("## Layers") : text.index("Beside the package")]
+    shown = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    folders = {path.parent.name for path in (ROOT / "remit_megatron").glob("*/__init__.py")}
+    assert folders <= shown, f"docs/architecture.md has no layer for {sorted(folders - shown)}"
+
+
+def test_recipe_page_has_every_section() -> None:
+    """docs/reference/recipe.md shows each section of a recipe and each objective."""
+    page = (ROOT / "docs/reference/recipe.md").read_text()
+    shown = set(re.findall(r"^::: \S+\.(\w+)$", page, re.MULTILINE))
+    sections, left = set(), [Recipe]
+    while left:
+        one = left.pop()
+        sections.add(one.__name__)
+        inner = [kind for field in one.model_fields.values() for kind in leaves(field.annotation)]
+        left += [kind for kind in inner if issubclass(kind, Section) and kind.__name__ not in sections]
+    settings = {kind.__name__ for kind in ObjectiveSettings.__subclasses__() if kind.__module__.endswith(".settings")}
+    assert shown == sections | settings
+
+
+def leaves(annotation: object) -> list[type]:
+    if isinstance(annotation, type):
+        return [annotation]
+    return [leaf for part in get_args(annotation) for leaf in leaves(part)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("zensical") is None, reason="zensical is not installed: make setup")
+def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
+    """As `make docs` does it; and a link to nowhere, and a name that is gone, are refused."""
+    for name in ("docs", "remit_megatron"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    build = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    done = run_in(tmp_path, build)
+    assert done.returncode == 0, done.stdout + done.stderr
+    index = json.loads((tmp_path / "site/search.json").read_text())
+    assert "head_chunk_tokens" in json.dumps(index), "keys of a recipe can be searched for"
+    for page in (tmp_path / "docs").rglob("*.md"):
+        page.unlink()
+    settings = (tmp_path / "mkdocs.yml").read_text()
+    without_pages = re.sub(r"^nav:\n(?: .*\n)+", "", settings, flags=re.MULTILINE)
+    assert without_pages != settings
+    (tmp_path / "mkdocs.yml").write_text(without_pages)
+    for text, fine in {
+        "": True,
+        "[gone](gone.md)": False,
+        "[gone](#gone)": False,
+        "::: remit_megatron.gone": False,
+    }.items():
+        (tmp_path / "docs/index.md").write_text(f"# Title\n\n{text}\n")
+        assert (run_in(tmp_path, build).returncode == 0) == fine, text
+
+
 def test_table_of_variables() -> None:
     """docs/clusters.md has the rules of launch/environment.py, all of them and as they are."""
     rows = [line for line in (ROOT / "docs/clusters.md").read_text().splitlines() if re.match(r"\| `[A-Z_]+` \|", line)]
@@ -140,6 +213,6 @@ def test_commands_of_the_clusters_page() -> None:
 
 def test_makefile_has_the_targets_of_the_readme() -> None:
     targets = {words[1] for words in commands("README.md") if words[0] == "make"}
-    assert targets == {"smoke", "test", "test-slow", "test-slurm", "docker-smoke", "test-image"}
+    assert targets == {"smoke", "test", "test-slow", "test-slurm", "docker-smoke", "test-image", "docs"}
     for target in targets:
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target

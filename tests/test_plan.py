@@ -7,7 +7,8 @@ import pytest
 from remit_megatron.cli import main
 from remit_megatron.config import Recipe, load_recipe, parse_recipe
 from remit_megatron.errors import UserError
-from remit_megatron.plan import num_microbatches, plan, stage_memory, stage_parameters, step_flops
+from remit_megatron.fit import num_microbatches
+from remit_megatron.plan import plan, stage_memory, stage_parameters, step_flops
 from remit_megatron.presets import PRESETS, check_preset
 
 RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.toml"))
@@ -43,7 +44,7 @@ def test_recipes_carry_the_published_numbers(family: str, objective: str) -> Non
     got = paper.optimizer.peak_lr, paper.batch.global_batch_tokens, paper.data.sequence_length
     assert got == PAPER[family]
     assert (paper.optimizer.min_lr, paper.schedule.decay, paper.schedule.train_tokens) == (1e-7, "cosine", 50 * 10**9)
-    assert paper.objective["name"] == objective
+    assert paper.objective.name == objective
     if family in PUBLIC:
         public = load_recipe(folder / f"{family}_public_{objective}.toml")
         assert (public.optimizer.peak_lr, public.batch.global_batch_tokens, public.data.sequence_length) == PUBLIC[
@@ -104,7 +105,11 @@ def test_microbatches() -> None:
     ("changes", "gpus", "message"),
     [
         ({"parallel": {"tensor": 3}}, 9, "does not divide by parallel.tensor"),
-        ({"parallel": {"tensor": 2}}, 3, "--gpus 3 does not divide"),
+        (
+            {"parallel": {"tensor": 2}},
+            3,
+            "3 ranks do not divide by parallel.tensor x pipeline x context",
+        ),
         ({"batch": {"microbatch_samples": 3}}, 8, "do not divide by batch.microbatch_samples"),
         ({"parallel": {"pipeline": 5}}, 10, "does not divide by parallel.pipeline"),
         ({"model": {"preset": "olmo_1b"}}, 8, "did you mean olmo2_1b?"),

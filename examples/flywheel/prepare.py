@@ -19,9 +19,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from data_prep.writer import write_dataset
-from launch.smoke.arithmetic import Problem, problems
-from launch.smoke.build import encode
-from launch.smoke.tokenizer import EOD_TOKEN, train_tokenizer
+from examples.smoke.arithmetic import Problem, problems
+from examples.smoke.build import encode
+from examples.smoke.tokenizer import EOD_TOKEN, train_tokenizer
 from remit_megatron.data.files import write_atomically
 from remit_megatron.data.manifest import tokenizer_hash
 

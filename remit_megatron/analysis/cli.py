@@ -1,7 +1,6 @@
 """The commands `remit analyze tokens | runs`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ def _tokens(arguments: argparse.Namespace) -> int:
     models = _named(arguments.models)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.nproc is not None:
+        from launch.command import remit
         from launch.local import run_local
 
         command = ["analyze", "tokens", arguments.recipe, "--models", *arguments.models, "--output", arguments.output]
@@ -50,7 +50,7 @@ def _tokens(arguments: argparse.Namespace) -> int:
         command += [
             part for flag in ("reference", "on") if (value := getattr(arguments, flag)) for part in (f"--{flag}", value)
         ]
-        return run_local([sys.executable, "-m", "remit_megatron.cli", *command], arguments.nproc)
+        return run_local(remit(command), arguments.nproc)
     from remit_megatron.analysis.tokens import analyze_tokens
 
     analyze_tokens(

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from remit_megatron.analysis.comparison import Comparison
 from remit_megatron.analysis.margins import NEGLIGIBLE_NATS
-from remit_megatron.analysis.score import Comparison
 
 FULL_COLOUR_NATS = 3.0
 """Margins from here on have the deepest colour."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from remit_megatron.analysis.score import Comparison
+from remit_megatron.analysis.comparison import Comparison
 
 NEGLIGIBLE_NATS = 0.1
 """Margins below it count as none, as in the paper's Figure 11."""

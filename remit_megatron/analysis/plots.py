@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from remit_megatron.analysis.score import Comparison
+from remit_megatron.analysis.comparison import Comparison
 
 COLOURS = ("#4c72b0", "#c44e52", "#55a868", "#8172b3", "#dd8452", "#937860", "#da8bc3", "#8c8c8c")
 BINS = 80

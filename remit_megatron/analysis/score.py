@@ -5,64 +5,33 @@ What Figures 2, 3, 6b, 10 and 11 of the paper are drawn from.
 
 import gc
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from remit_megatron.analysis.comparison import Comparison, ModelTokens
 from remit_megatron.config import Recipe
 from remit_megatron.errors import UserError
-from remit_megatron.mcore import datasets, dist_checkpoint
+from remit_megatron.fit import check_document_mask
+from remit_megatron.mcore import datasets, dist_checkpoint, passes
 from remit_megatron.mcore.groups import Groups, initialize_groups
-from remit_megatron.mcore.model import Build, build_chunks
-from remit_megatron.mcore.step import ForwardStep, make_forward_step
-from remit_megatron.objectives import KD, NTP, Remit
+from remit_megatron.mcore.model import HEAD_CHUNK_TOKENS, Build, build_chunks
+from remit_megatron.objectives import Remit
 from remit_megatron.ops.weights import remit_weights
-from remit_megatron.reference.online import Reference
+from remit_megatron.run.build_plan import find_model
+from remit_megatron.run.checkpoint import Meta
+from remit_megatron.run.dealt import DealtSamples
+from remit_megatron.run.fit import check_documents, recipe_tokenizer
+from remit_megatron.run.hf_source import ensure_converted
+from remit_megatron.run.models import training_dtype
+from remit_megatron.run.process import Process, from_rank_0
+from remit_megatron.run.reference import Reference
 from remit_megatron.shape import check_layout
-from remit_megatron.train.checkpoint import Meta
-from remit_megatron.train.dealt import DealtSamples
-from remit_megatron.train.fit import check_documents, recipe_tokenizer
-from remit_megatron.train.hf_source import ensure_converted
-from remit_megatron.train.models import check_document_mask, find_model, training_dtype
-from remit_megatron.train.runtime import Process, from_rank_0
 
 ROUNDS_AT_A_TIME = 4
 """So many microbatches a pipeline stage have their hidden states of the reference held at once."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelTokens:
-    """One model on the tokens. All [n, s] float32, 0 where masked."""
-
-    nll: np.ndarray
-    """Nats."""
-    kl: np.ndarray
-    """KL(reference || model) over the whole vocabulary, nats."""
-    weight: np.ndarray
-    """ReMiT's weight of the token in this model's loss."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """The reference and other models on n samples of s label positions."""
-
-    set_name: str
-    tokens: np.ndarray
-    """[n, s] int32 ids of the labels."""
-    mask: np.ndarray
-    """[n, s] bool, True where a token counts."""
-    reference_nll: np.ndarray
-    """[n, s] float32, nats; 0 where masked."""
-    models: dict[str, ModelTokens]
-    sources: dict[str, str]
-    """Name of each model, `reference` among them, -> its checkpoint."""
-
-    def margin(self, name: str) -> np.ndarray:
-        """log p_reference - log p_model of each token [n, s], nats: above 0 where the reference is more confident."""
-        return self.models[name].nll - self.reference_nll
 
 
 def compare_models(
@@ -86,12 +55,12 @@ def compare_models(
     if not mask.any():
         raise UserError(f"data.eval.{set_name}: the mask keeps no token of its first {len(kept)} samples")
     segments = np.stack([one["segment_ids"] for one in kept]) if "segment_ids" in kept[0] else None
-    scorer = _Scorer(recipe, groups, dealt, process, found)
-    reference_nll = np.where(mask, scorer.reference_nll(), 0.0).astype(np.float32)
+    comparer = _Comparer(recipe, groups, dealt, process, found)
+    reference_nll = np.where(mask, comparer.reference_nll(), 0.0).astype(np.float32)
     _check_numbers("--reference", reference_nll, mask)
     results = {}
     for name in models:
-        nll, kl = scorer.nll_and_kl(name)
+        nll, kl = comparer.nll_and_kl(name)
         _check_numbers(f"--models {name}", nll + kl, mask)
         results[name] = ModelTokens(
             nll=np.where(mask, nll, 0.0).astype(np.float32),
@@ -162,7 +131,7 @@ def _weights(
     return weights.numpy()
 
 
-class _Scorer:
+class _Comparer:
     """Holds the reference; the other models come one after the other. Methods are collective."""
 
     def __init__(
@@ -179,20 +148,19 @@ class _Scorer:
             dtype=training_dtype(recipe, process.device.type),
             implementation=recipe.model.implementation,
             loss_implementation=recipe.compute.loss_implementation,
-            head_chunk_tokens=recipe.reference.head_chunk_tokens if recipe.reference else Build.head_chunk_tokens,
+            head_chunk_tokens=recipe.reference.head_chunk_tokens if recipe.reference else HEAD_CHUNK_TOKENS,
         )
         path, meta = found["reference"]
         ensure_converted(path, meta)
         length = recipe.data.sequence_length
         self.reference = Reference(meta.model_shape(), path, recipe.parallel, self.build, max_sequence_length=length)
-        self.plain = make_forward_step(NTP(), groups=groups)
-        self.distil: ForwardStep = make_forward_step(KD(), self.reference.chunks, groups=groups)
+        self.groups = groups
 
     def reference_nll(self) -> np.ndarray:
         """[n, s] float32, nats."""
         parts: list[torch.Tensor] = []
         for first, last in self._spans("reference"):
-            parts += self.plain.nll_of(self.reference.chunks, self.dealt.microbatches(first, last))
+            parts += passes.nll(self.reference.chunks, self.dealt.microbatches(first, last), self.groups)
         return self.dealt.whole(parts).numpy()
 
     def nll_and_kl(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -207,7 +175,8 @@ class _Scorer:
             chunk.eval()
         parts: list[torch.Tensor] = []
         for first, last in self._spans(name):
-            parts += self.distil.nll_and_kl_of(chunks, self.dealt.microbatches(first, last))
+            microbatches = self.dealt.microbatches(first, last)
+            parts += passes.nll_and_kl(chunks, self.reference.chunks, microbatches, self.groups)
         del chunks
         gc.collect()
         nll, kl = (self.dealt.whole([part[i] for part in parts]).numpy() for i in (0, 1))
@@ -221,5 +190,5 @@ class _Scorer:
             last = min(first + size, dealt.count)
             yield first, last
             if self.process.rank == 0:
-                tokens = last * dealt.samples * dealt.groups.dp.size() * dealt.length
+                tokens = last * dealt.deal.turn_samples * dealt.length
                 print(f"{name}: {tokens:,} tokens scored", file=sys.stderr, flush=True)

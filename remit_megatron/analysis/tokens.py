@@ -9,15 +9,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from remit_megatron.analysis.comparison import Comparison
 from remit_megatron.analysis.heatmap import page
 from remit_megatron.analysis.margins import summarise, token_table
 from remit_megatron.analysis.plots import plot_comparison
-from remit_megatron.analysis.score import Comparison, compare_models
+from remit_megatron.analysis.score import compare_models
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import check_place, make_folder, write_atomically, writing
 from remit_megatron.errors import UserError
-from remit_megatron.train.evaluate import open_tokenizer
-from remit_megatron.train.runtime import from_rank_0, joined_process
+from remit_megatron.evaluate import open_tokenizer
+from remit_megatron.run.process import from_rank_0, joined_process
 
 
 def analyze_tokens(

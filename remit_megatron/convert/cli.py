@@ -50,24 +50,27 @@ def _dtype(name: str | None) -> Any:
 
 def _import(arguments: argparse.Namespace) -> int:
     from remit_megatron.convert.hub import local_folder
-    from remit_megatron.convert.importer import import_folder
 
     source = local_folder(arguments.source, "HF_FOLDER")
+    from remit_megatron.convert.importer import import_folder
+
     kind = import_folder(source, Path(arguments.checkpoint), _dtype(arguments.dtype))
     print(f"{arguments.checkpoint}: converted from {arguments.source}, weights in {kind}")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from remit_megatron.convert.exporter import export_checkpoint
     from remit_megatron.convert.hub import local_folder
 
     if not 0 < arguments.max_shard_gb < math.inf:
         raise UserError(f"--max-shard-gb {arguments.max_shard_gb:g}: a number above 0 is expected")
+    like = local_folder(arguments.like, "--like")
+    from remit_megatron.convert.exporter import export_checkpoint
+
     export_checkpoint(
         arguments.checkpoint,
         Path(arguments.target),
-        local_folder(arguments.like, "--like"),
+        like,
         _dtype(arguments.dtype),
         int(arguments.max_shard_gb * 1e9),
     )
@@ -77,9 +80,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from remit_megatron.convert.hub import local_folder
-    from remit_megatron.convert.verify import TEXT, compare_logits
 
     folder = local_folder(arguments.source, "HF_FOLDER")
+    from remit_megatron.convert.verify import TEXT, compare_logits
+
     agreement = compare_logits(folder, arguments.checkpoint, arguments.text or TEXT)
     print(agreement)
     if not agreement.largest <= arguments.tolerance:  # also for NaN
@@ -89,7 +93,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from remit_megatron.convert.hub import local_folder
-    from remit_megatron.convert.verify import check_pair
+    from remit_megatron.convert.pair import check_pair
 
     pair = check_pair(local_folder(arguments.base, "BASE"), local_folder(arguments.reference, "REFERENCE"))
     for line in pair.notes:

@@ -18,8 +18,8 @@ from remit_megatron.hf.families import family_of, read_shape
 from remit_megatron.hf.folder import write_tensors
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import stored_dtype, whole_model
+from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
 from remit_megatron.shape import ModelShape
-from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
 

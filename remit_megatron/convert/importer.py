@@ -13,8 +13,8 @@ from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import HFFolder, choose_dtype
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import whole_model
-from remit_megatron.train.checkpoint import Meta, write_meta
-from remit_megatron.train.hf_source import origin
+from remit_megatron.run.checkpoint import Meta, write_meta
+from remit_megatron.run.hf_source import origin
 
 
 def import_folder(source: Path, target: Path, dtype: torch.dtype | None = None, quiet: bool = False) -> str:
@@ -30,7 +30,8 @@ def import_folder(source: Path, target: Path, dtype: torch.dtype | None = None, 
         raise UserError(f"{target}: exists already: name a new folder, or remove it")
     folder = HFFolder(source)
     shape = read_shape(folder.config, source / "config.json")
-    dtype = choose_dtype(folder, dtype)
+    name = choose_dtype(folder, None if dtype is None else str(dtype).removeprefix("torch."))
+    dtype = getattr(torch, name)
     if not target.parent.is_dir():
         raise UserError(f"{target.parent}: is no folder: make it first")
     with whole_model(shape, dtype) as model:
@@ -45,21 +46,21 @@ def import_folder(source: Path, target: Path, dtype: torch.dtype | None = None, 
             meta = Meta(
                 shape=shape.model_dump(),
                 precision="bf16" if dtype is torch.bfloat16 else "fp32",
-                origin=origin(folder, folder.content_key(), dtype),
+                origin=origin(folder, folder.content_key(), name),
             )
             write_meta(partial, meta)
             partial.chmod(0o755)
             partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    rounded = dtype is torch.bfloat16 and folder.dtypes() != {torch.bfloat16}
-    return str(dtype).removeprefix("torch.") + (", rounded as asked" if rounded else "")
+    rounded = name == "bfloat16" and folder.dtypes() != {"bfloat16"}
+    return name + (", rounded as asked" if rounded else "")
 
 
 def _bytes(folder: HFFolder) -> list[int]:
     sizes = []
     for stored in folder.tensors.values():
-        count = stored.dtype.itemsize
+        count = getattr(torch, stored.dtype).itemsize
         for side in stored.shape:
             count *= side
         sizes.append(count)

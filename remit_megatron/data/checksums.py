@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.data.files import write_atomically
-from remit_megatron.errors import DamagedError
+from remit_megatron.errors import DamagedError, UserError
+from remit_megatron.outside import parse_object, quote, read_object
 
 NAME = "manifest.json"
 THREADS = max(2, min(16, os.cpu_count() or 2))
@@ -48,6 +49,27 @@ def own_checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object with a checksum of its own, for `read_record`. Raises RunError where it cannot be written."""
+    whole = {**content, "checksum": own_checksum(content)}
+    write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
+
+
+def read_record(path: Path, remedy: str, *, unbound: bool = False) -> dict[str, Any]:
+    """What `write_record` wrote. Raises DamagedError naming the file and the remedy.
+
+    unbound: take an object without a checksum too, as older versions wrote it.
+    """
+    try:
+        content = read_object(path)
+    except UserError as error:
+        raise DamagedError(f"{error}; {remedy}") from None
+    checksum = content.pop("checksum", None)
+    if checksum != own_checksum(content) and not (unbound and checksum is None):
+        raise DamagedError(f"{path}: its own checksum does not match, so it was damaged or edited; {remedy}")
+    return content
+
+
 def write(folder: Path, files: dict[str, Checksum]) -> None:
     """Write the manifest. Raises RunError where it cannot be written."""
     content: dict[str, Any] = {"files": {name: asdict(files[name]) for name in sorted(files)}}
@@ -58,7 +80,7 @@ def write(folder: Path, files: dict[str, Checksum]) -> None:
 def read(folder: Path) -> dict[str, Checksum]:
     """What the folder's files should be. Raises DamagedError naming the manifest."""
     try:
-        content = json.loads((folder / NAME).read_text())
+        content = parse_object((folder / NAME).read_bytes(), NAME)
         files = {name: Checksum(**values) for name, values in content["files"].items()}
         if content["checksum"] != own_checksum(content):
             raise ValueError("its own checksum does not match")
@@ -66,8 +88,8 @@ def read(folder: Path) -> dict[str, Checksum]:
             raise ValueError("it names files elsewhere")
     except FileNotFoundError:
         raise DamagedError(f"{folder}: {NAME} is missing") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{folder}: {NAME} is damaged: {' '.join(str(error).split())[:200]}") from None
+    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{folder}: {NAME} is damaged: {quote(str(error))}") from None
     return files
 
 

@@ -5,20 +5,19 @@ It is built in a temporary folder, checksummed and renamed, so that no reader se
 from building the same again; correctness does not rest on it, so a lock that does not reach other nodes is safe.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from remit_megatron.data.files import fsync_folder, write_atomically, writing
+from remit_megatron.data.files import clear_dead, fsync_folder, locked, temporary_name, write_atomically, writing
 from remit_megatron.data.manifest import file_sha256
-from remit_megatron.errors import RunError
+from remit_megatron.errors import RunError, UserError
+from remit_megatron.outside import read_object
 
 LEDGER = "cache.json"
 INDEX_FOLDER = ".index"
@@ -36,9 +35,11 @@ def ensure_cache(root: Path, key: Mapping[str, Any], build: Callable[[Path], Non
         return folder
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
-    with _lock(root / f".{folder.name}.lock"):
+    # Waiting spares the others' work and no more, so a file system without locks will do.
+    with locked(root / f".{folder.name}.lock", required=False):
         if is_valid(folder):  # another process built it while this one waited
             return folder
+        clear_dead(root, folder.name)
         _build(folder, key, build)
     return folder
 
@@ -51,26 +52,26 @@ def cache_name(key: Mapping[str, Any]) -> str:
 def cached_key(folder: Path) -> dict[str, Any] | None:
     """The key that a cache was built for, or None where its ledger cannot be read."""
     try:
-        key = json.loads((folder / LEDGER).read_text(encoding="utf-8"))["key"]
-        return key if isinstance(key, dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        key = read_object(folder / LEDGER).get("key")
+    except UserError:
         return None
+    return key if isinstance(key, dict) else None
 
 
 def is_valid(folder: Path) -> bool:
     """Whether a cache is there and every file is as it was built."""
     try:
-        files = json.loads((folder / LEDGER).read_text(encoding="utf-8"))["files"]
+        files = read_object(folder / LEDGER)["files"]
         return bool(files) and all(
             (folder / name).stat().st_size == record["bytes"] and file_sha256(folder / name) == record["sha256"]
             for name, record in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # missing or damaged: built again in either case
 
 
 def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], None]) -> None:
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = temporary_name(folder)
     with writing(temporary):
         temporary.mkdir()
     try:
@@ -101,8 +102,9 @@ def _publish(temporary: Path, folder: Path) -> None:
         if folder.exists():
             if is_valid(folder):
                 return
-            aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.damaged")
-            os.replace(folder, aside)
+            aside = temporary_name(folder)
+            with suppress(FileNotFoundError):  # another node was faster
+                os.replace(folder, aside)
             shutil.rmtree(aside, ignore_errors=True)
         try:
             os.rename(temporary, folder)
@@ -111,15 +113,3 @@ def _publish(temporary: Path, folder: Path) -> None:
             if not is_valid(folder):
                 raise
         fsync_folder(folder.parent)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; it ends with the process, so that a crash never leaves it behind."""
-    with writing(path):
-        file = open(path, "a")  # noqa: SIM115 - closed below
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    finally:
-        file.close()

@@ -1,84 +1,19 @@
 """Feeds a training loop: microbatches of each step, assembled ahead, in an order that follows from the step alone.
 
-Both loaders take the same stateless `sample(n) -> dict of numpy arrays` and give the same tensors, bit for bit. The
-default one assembles steps in a thread and pins them for CUDA; `loader = "dali"` runs them through NVIDIA DALI.
+Both loaders take the same stateless `sample(n) -> dict of numpy arrays` and give the same microbatches, bit for bit.
+The default one assembles steps in a thread and pins them for CUDA; `loader = "dali"` runs them through NVIDIA DALI.
 """
 
-import importlib.util
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import numpy as np
 import torch
 
+from remit_megatron.data.steps import BatchPlan, Loader, Sample, Step, stack
 from remit_megatron.errors import UserError
-
-Sample = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchPlan:
-    """Which samples this data-parallel rank takes, step by step.
-
-    Microbatch i of a step holds the samples from first + (i * dp_size + dp_rank) * microbatch_samples on.
-    """
-
-    first_sample: int
-    """Number of the sample with which the first global batch begins; to resume, the samples done."""
-    num_steps: int
-    num_microbatches: int
-    microbatch_samples: int
-    dp_rank: int = 0
-    dp_size: int = 1
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.dp_rank < self.dp_size, f"rank {self.dp_rank} of {self.dp_size}"
-
-    @property
-    def step_samples(self) -> int:
-        """Samples of a global batch."""
-        return self.num_microbatches * self.microbatch_samples * self.dp_size
-
-    def microbatches(self, step: int) -> list[range]:
-        """Sample numbers of each microbatch of a step (counted from 0) on this rank."""
-        first = self.first_sample + step * self.step_samples
-        starts = [
-            first + (i * self.dp_size + self.dp_rank) * self.microbatch_samples for i in range(self.num_microbatches)
-        ]
-        return [range(start, start + self.microbatch_samples) for start in starts]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step's data."""
-
-    microbatches: list[dict[str, torch.Tensor]]
-    """Each key [microbatch_samples, ...] on the loader's device."""
-    wait_ms: float
-    """How long the training loop waited for it."""
-
-
-class Loader(Protocol):
-    """Iterates over the steps of a plan once. `close` may be called at any time and more than once."""
-
-    def __iter__(self) -> Iterator[Step]: ...
-
-    def close(self) -> None: ...
-
-
-def check_loader(name: str) -> None:
-    """Raise UserError where the loader called `name` cannot run."""
-    if (
-        name == "dali"
-        and importlib.util.find_spec("nvidia.dali" if importlib.util.find_spec("nvidia") else "nvidia") is None
-    ):
-        raise UserError(
-            "data.loader = 'dali' needs NVIDIA DALI: pip install 'remit-megatron[dali]', or use loader = 'default'"
-        )
 
 
 def make_loader(
@@ -92,21 +27,6 @@ def make_loader(
 
         return DaliLoader(sample, plan, device=device, prefetch_steps=prefetch_steps)
     raise UserError(f"data.loader = '{name}': known are default, dali")
-
-
-def stack(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Samples to one microbatch: each key gains a leading dimension. The tensors own their memory."""
-    return {key: torch.from_numpy(rows) for key, rows in stack_arrays(samples).items()}
-
-
-def stack_arrays(samples: list[Sample]) -> dict[str, np.ndarray]:
-    """As `stack`, to numpy; a third faster than numpy.stack, which counts at 50 million tokens a second."""
-    batch = {}
-    for key, first in samples[0].items():
-        batch[key] = np.empty((len(samples), *first.shape), dtype=first.dtype)
-        for row, sample in enumerate(samples):
-            batch[key][row] = sample[key]
-    return batch
 
 
 class ThreadLoader:
@@ -132,7 +52,7 @@ class ThreadLoader:
             if isinstance(item, BaseException):
                 raise item
             if self.device.type == "cuda":
-                item = [{key: t.to(self.device, non_blocking=True) for key, t in batch.items()} for batch in item]
+                item = [microbatch.to(self.device) for microbatch in item]
             yield Step(item, 1e3 * (time.perf_counter() - start))
 
     def close(self) -> None:
@@ -149,7 +69,7 @@ class ThreadLoader:
             for step in range(self.plan.num_steps):
                 batches = [stack([self.sample(n) for n in numbers]) for numbers in self.plan.microbatches(step)]
                 if self.device.type == "cuda":
-                    batches = [{key: t.pin_memory() for key, t in batch.items()} for batch in batches]
+                    batches = [microbatch.pin_memory() for microbatch in batches]
                 if self._stop.is_set():
                     return
                 self._ready.put(batches)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from remit_megatron.data.loader import BatchPlan, Sample, Step, stack_arrays
+from remit_megatron.data.microbatch import Microbatch
+from remit_megatron.data.steps import BatchPlan, Sample, Step, stack_arrays
 from remit_megatron.errors import UserError
 
 
@@ -36,7 +37,7 @@ class DaliLoader:
         kinds = {"int64": types.INT64, "int32": types.INT32, "float32": types.FLOAT}
         on_gpu = device.type == "cuda"
         self._pipeline = Pipeline(
-            batch_size=plan.microbatch_samples,
+            batch_size=plan.deal.microbatch_samples,
             num_threads=1,
             device_id=(device.index or 0) if on_gpu else None,
             prefetch_queue_depth=prefetch_steps * plan.num_microbatches,
@@ -66,8 +67,10 @@ class DaliLoader:
             batches = [self._next() for _ in range(self.plan.num_microbatches)]
             yield Step(batches, 1e3 * (time.perf_counter() - start))
 
-    def _next(self) -> dict[str, torch.Tensor]:
-        return {key: self._tensor(part) for key, part in zip(self.keys, self._pipeline.run(), strict=True)}
+    def _next(self) -> Microbatch:
+        parts = zip(self.keys, self._pipeline.run(), strict=True)
+        fields: Any = {key: self._tensor(part) for key, part in parts}
+        return Microbatch(**fields)
 
     def _tensor(self, part: Any) -> torch.Tensor:
         """A copy that DALI will not write to again: its buffers are reused from run to run."""

@@ -6,7 +6,7 @@ is what a training run does at start: everything about .idx, the sizes, and samp
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from remit_megatron.data.files import write_atomically
+from remit_megatron.data.checksums import own_checksum, write_record
 from remit_megatron.data.indexed import IndexedTokens, bin_path, idx_path, open_index
 from remit_megatron.errors import UserError
+from remit_megatron.outside import problem, read_object
 
 FORMAT = 1
 BLOCK_BYTES = 64 << 20
@@ -45,7 +46,7 @@ class Manifest(BaseModel):
     """The token that ends every document; none where documents have no such end."""
     tokenizer_hash: str | None = None
     bin_bytes: int = Field(ge=0)
-    block_bytes: int = Field(gt=0)
+    block_bytes: int = Field(gt=0, multiple_of=4)
     bin_sha256: list[str]
     """SHA-256 of each block of .bin, in order; the last one may be shorter."""
     idx_sha256: str
@@ -54,27 +55,29 @@ class Manifest(BaseModel):
 
     def write(self, prefix: str | Path) -> None:
         """Write the file durably, with a checksum of its own. Raises RunError where it cannot be written."""
-        content = self.model_dump()
-        content["checksum"] = _checksum(content)
-        write_atomically(manifest_path(prefix), (json.dumps(content, indent=1) + "\n").encode())
+        write_record(manifest_path(prefix), self.model_dump())
 
     @staticmethod
     def read(prefix: str | Path) -> "Manifest | None":
         """The manifest of a dataset, or None where there is none. Raises UserError for a damaged one."""
         path = manifest_path(prefix)
+        return Manifest.load(path) if path.exists() else None
+
+    @staticmethod
+    def load(path: Path) -> "Manifest":
+        """The manifest in a file. Raises UserError where it is missing, damaged or of another format."""
         remedy = "delete it and run `remit data verify --adopt` on a dataset that you trust, or make the dataset again"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_object(path)
             checksum = content.pop("checksum", None)
             manifest = Manifest.model_validate(content)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise UserError(f"{path}: no valid manifest ({reason}); {remedy}") from None
+        except ValidationError as error:
+            raise UserError(f"{path}: no valid manifest ({problem(error)}); {remedy}") from None
+        except UserError as error:
+            raise UserError(f"{error}: no valid manifest; {remedy}") from None
         if manifest.format != FORMAT:
             raise UserError(f"{path}: format {manifest.format} is unknown, {FORMAT} is expected; {remedy}")
-        if checksum != _checksum(content):
+        if checksum != own_checksum(content):
             raise UserError(f"{path}: its own checksum does not match, so it was damaged or edited; {remedy}")
         return manifest
 
@@ -113,15 +116,16 @@ def tokenizer_hash(path: str | Path) -> str:
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: no readable tokenizer.json: {error}") from None
-    if not isinstance(content, dict) or "model" not in content:
+        content = read_object(file)
+    except UserError as error:
+        raise UserError(f"{error}; no readable tokenizer.json") from None
+    if not isinstance(content.get("model"), dict):
         raise UserError(f"{file}: no tokenizer of the `tokenizers` library: it has no key 'model'")
     for key in ("padding", "truncation"):  # settings of a caller, without effect on our ids
         content.pop(key, None)
     merges = content["model"].get("merges")
-    if merges and isinstance(merges[0], str):  # written "a b" by older versions and ["a", "b"] by newer ones
+    # Written "a b" by older versions and ["a", "b"] by newer ones.
+    if isinstance(merges, list) and all(isinstance(merge, str) for merge in merges):
         content["model"]["merges"] = [merge.split(" ") for merge in merges]
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
@@ -230,10 +234,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _check_counts(indexed: IndexedTokens, manifest: Manifest) -> None:
     found = {
         "dtype": indexed.dtype.name,
@@ -336,3 +336,13 @@ def _check_tokenizer(info: DatasetInfo, wanted: str | None) -> DatasetInfo:
         )
     unknown = f"{info.prefix}: nothing says which tokenizer made it, so data.tokenizer could not be compared"
     return replace(info, warnings=(*info.warnings, unknown))
+
+
+def end_of_document(infos: Sequence[DatasetInfo], given: int | None) -> int | None:
+    """The token that ends a document: `given`, else what the manifests say. Raises UserError where these differ."""
+    found = {info.eod_id for info in infos} if given is None else {given}
+    if len(found) > 1:
+        raise UserError(
+            f"the datasets end their documents with different tokens {sorted(map(str, found))}: set data.eod_id"
+        )
+    return found.pop()

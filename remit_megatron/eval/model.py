@@ -14,8 +14,8 @@ from remit_megatron.errors import RunError, UserError
 from remit_megatron.hf import tokenizer
 from remit_megatron.hf.config import read_json
 from remit_megatron.hf.folder import HFFolder, is_hf_folder
-from remit_megatron.train.checkpoint import identity, read_meta, resolve_checkpoint
-from remit_megatron.train.hf_source import RANK_VARIABLES
+from remit_megatron.run.checkpoint import identity, read_meta, resolve_checkpoint
+from remit_megatron.run.hf_source import RANK_VARIABLES
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TEXT_FILES = ("generation_config.json", *tokenizer.FILES)

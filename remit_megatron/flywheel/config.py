@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from remit_megatron import toml
-from remit_megatron.config import NonNegative, Positive, Section
 from remit_megatron.errors import UserError
 from remit_megatron.posttrain.contract import DPO, RL, SFT, Chat, Engine, keep_name
+from remit_megatron.sections import NonNegative, Positive, Section
 
 NAME = re.compile(r"[A-Za-z0-9_]+")
 REFERENCE = re.compile(r"(sft|dpo|rl)(@0\.\d*[1-9])?")

@@ -12,7 +12,7 @@ from typing import Any
 
 from remit_megatron import toml
 from remit_megatron.config import parse_recipe
-from remit_megatron.convert.verify import check_pair
+from remit_megatron.convert.pair import check_pair
 from remit_megatron.data.manifest import quick_verify, tokenizer_hash
 from remit_megatron.errors import UserError
 from remit_megatron.flywheel.config import STAGES, Arm, Stage, Wheel

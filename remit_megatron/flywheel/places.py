@@ -36,8 +36,8 @@ def run_at(
     if kind == "slurm":
         from remit_megatron.flywheel.slurm import submit_wheel
 
-        return submit_wheel(file, wheel, overrides, profile or "gpu", until, dry_run=dry_run)
-    run_wheel(file, wheel, until, _in_container(file, wheel, overrides, profile) if kind == "docker" else None)
+        return submit_wheel(file, wheel, overrides, target, until, dry_run=dry_run)
+    run_wheel(file, wheel, until, _Container(file, wheel, overrides, target) if kind == "docker" else None)
     return 0
 
 
@@ -59,28 +59,24 @@ def run_only(file: Path, wheel: Wheel, name: str, *, prepare: bool = False) -> N
     contents.save()
 
 
-def _in_container(file: Path, wheel: Wheel, overrides: list[str], profile: str) -> "_Container":
-    from launch.profiles import Profile, load_profile
-
-    return _Container(file, wheel, overrides, load_profile(profile) if profile else Profile())
-
-
 class _Container:
     """Runs each stage by `remit flywheel run --only` in a container of its own."""
 
-    def __init__(self, file: Path, wheel: Wheel, overrides: list[str], profile: object):
-        self.file, self.wheel, self.overrides, self.profile = file, wheel, overrides, profile
+    def __init__(self, file: Path, wheel: Wheel, overrides: list[str], target: str):
+        from launch.backends import open_backend
+
+        self.file, self.wheel, self.overrides = file, wheel, overrides
+        self.profile = open_backend(target).profile
 
     def __call__(self, node: Node) -> None:
-        from launch.docker import docker_command
+        from launch.backends.base import passed_values
+        from launch.backends.docker import docker_command
         from launch.local import run_client
-        from launch.submit import passed_values
 
-        secrets = passed_values(self.profile)  # type: ignore[arg-type]
+        secrets = passed_values(self.profile)
         words = ["flywheel", "run", str(self.file.absolute()), "--only", node.folder.name]
         words += [part for override in self.overrides for part in ("--set", override)]
-        folder = self.wheel.folder.absolute()
-        line = docker_command(words, folder, self.profile, 1)  # type: ignore[arg-type]
+        line = docker_command(words, self.wheel.folder.absolute(), Path.cwd(), self.profile, 1)
         code = run_client(line[:-2], {**os.environ, **secrets})  # without --nproc: the stages have their own
         if code:
             error = RemitError(f"{node.name}: its container ended with exit code {code}")

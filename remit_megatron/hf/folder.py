@@ -1,4 +1,7 @@
-"""The weights of a Hugging Face folder: safetensors, read one tensor at a time and written with a fresh index."""
+"""The weights of a Hugging Face folder: safetensors, read one tensor at a time and written with a fresh index.
+
+To open a folder and look at what it holds takes no torch, which is imported where tensors are read or written.
+"""
 
 import hashlib
 import json
@@ -6,19 +9,21 @@ from collections.abc import Collection, Iterable, Iterator, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from remit_megatron.errors import UserError
 from remit_megatron.hf.config import read_json
 
+if TYPE_CHECKING:
+    import torch
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Types of tensors in a safetensors header: torch's names of them."""
 COMPUTED = ".rotary_emb.inv_freq"
 """A table that the config determines. Llama checkpoints of old hold it, and transformers drops it when it loads one."""
 MAX_HEADER_BYTES = 100_000_000
@@ -30,7 +35,8 @@ class Stored:
     """A tensor on disk."""
 
     shard: str
-    dtype: torch.dtype
+    dtype: str
+    """float32, bfloat16 or float16."""
     shape: tuple[int, ...]
 
 
@@ -88,10 +94,11 @@ class HFFolder:
         if unlisted:
             raise UserError(f"{self.path / INDEX}: leaves out {_some(unlisted)}, which the shards hold")
 
-    def dtypes(self) -> set[torch.dtype]:
+    def dtypes(self) -> set[str]:
+        """Names of the tensors' types, as `Stored.dtype`."""
         return {stored.dtype for stored in self.tensors.values()}
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Every tensor, shard by shard; one is in memory at a time. Raises UserError for an unreadable shard."""
         for shard in self.shards:
             try:
@@ -103,6 +110,8 @@ class HFFolder:
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values, some rows at a time."""
+        import torch
+
         a, b = self.tensors[one], self.tensors[other]
         if a.shape != b.shape:
             return False
@@ -150,8 +159,8 @@ def check_names(folder: HFFolder, wanted: Set[str], *, tied: bool) -> set[str]:
     return names
 
 
-def choose_dtype(folder: HFFolder, asked: torch.dtype | None) -> torch.dtype:
-    """The type of the converted weights: the one asked for, else the folder's own, so that nothing is rounded.
+def choose_dtype(folder: HFFolder, asked: str | None = None) -> str:
+    """The type of the converted weights, by name: the one asked for, else the folder's own, so that nothing is rounded.
 
     Raises UserError where the folder mixes types or has float16, which training does not use.
     """
@@ -159,10 +168,10 @@ def choose_dtype(folder: HFFolder, asked: torch.dtype | None) -> torch.dtype:
         return asked
     stored = folder.dtypes()
     if len(stored) > 1:
-        names = ", ".join(sorted(str(t).removeprefix("torch.") for t in stored))
+        names = ", ".join(sorted(stored))
         raise UserError(f"{folder.path}: its tensors are of types {names}: choose one with --dtype of convert import")
     (only,) = stored
-    if only not in (torch.float32, torch.bfloat16):
+    if only not in ("float32", "bfloat16"):
         raise UserError(
             f"{folder.path}: float16 weights: choose --dtype of convert import, fp32, which holds them exactly, or bf16"
         )
@@ -191,7 +200,7 @@ def _read_header(path: Path, shard: str) -> dict[str, Stored]:
         if dtype not in DTYPES:
             raise UserError(f"{path}: {name} is of type {dtype}; only {', '.join(DTYPES)} are supported")
     try:
-        with safe_open(path, framework="pt"):  # it checks that every byte belongs to one tensor
+        with safe_open(path, framework="numpy"):  # it checks that every byte belongs to one tensor
             pass
     except SafetensorError as error:
         raise UserError(f"{path}: damaged: {error}") from None
@@ -199,12 +208,14 @@ def _read_header(path: Path, shard: str) -> dict[str, Stored]:
 
 
 def write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sizes: dict[str, int], max_shard_bytes: int
+    folder: Path, tensors: Iterable[tuple[str, "torch.Tensor"]], sizes: dict[str, int], max_shard_bytes: int
 ) -> None:
     """Write tensors, in the order given, as shards of at most max_shard_bytes, with an index where there are several.
 
     sizes: bytes of each tensor, by name, in the same order: they fix the shards before the first is written.
     """
+    from safetensors.torch import save_file
+
     plan: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

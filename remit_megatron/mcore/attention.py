@@ -15,20 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-
-def zigzag_slice(x: Tensor, rank: int, size: int, dim: int = 1) -> Tensor:
-    """This context-parallel rank's chunks `rank` and `2 * size - 1 - rank` of `x` along `dim`."""
-    if size == 1:
-        return x
-    chunks = x.chunk(2 * size, dim=dim)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=dim)
-
-
-def zigzag_restore(gathered: Tensor, size: int) -> Tensor:
-    """Ranks' zigzag slices, concatenated in rank order along dim 0, to the natural order of the sample."""
-    chunks = gathered.chunk(2 * size, dim=0)
-    low, high = chunks[0::2], chunks[1::2]
-    return torch.cat([*low, *reversed(high)], dim=0)
+from remit_megatron.ops.context_parallel import zigzag_restore
 
 
 class SDPAttention(MegatronModule):

@@ -138,7 +138,10 @@ def _has_bytes(value: Any) -> bool:
     return bool(value.getvalue() if isinstance(value, io.BytesIO) else value)
 
 
-class LoadCommon(getattr(common, "TorchCommonLoadStrategy", object)):
+_Strategy: Any = getattr(common, "TorchCommonLoadStrategy", object)
+
+
+class LoadCommon(_Strategy):
     """common.pt through torch's restricted unpickler, whatever the environment asks torch for."""
 
     def load_common(self, checkpoint_dir: Any) -> Any:

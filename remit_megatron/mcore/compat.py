@@ -3,7 +3,6 @@
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import multiprocessing
 import os
@@ -15,27 +14,11 @@ import torch
 from remit_megatron.processes import serve_rank
 
 
-def importable(module: str) -> bool:
-    """Whether `module` is installed and imports here; a broken install counts as absent."""
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return False
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True
-
-
 def version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-@functools.cache
-def has_transformer_engine() -> bool:
-    return importable("transformer_engine.pytorch")
 
 
 def own_writer(save: Any) -> dict[str, str]:

@@ -6,7 +6,6 @@ has an identity that score caches can use. Sample n of a run follows from n alon
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +20,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from remit_megatron.config import Data
+from remit_megatron.data.deal import Deal
 from remit_megatron.data.index_cache import INDEX_FOLDER, ensure_cache
 from remit_megatron.data.indexed import open_index
-from remit_megatron.data.manifest import DatasetInfo, quick_verify
+from remit_megatron.data.manifest import DatasetInfo, end_of_document, quick_verify
+from remit_megatron.data.microbatch import Microbatch
 from remit_megatron.data.packed import PackedSamples, open_packed
 from remit_megatron.data.samples import assemble
+from remit_megatron.data.steps import stack
 from remit_megatron.errors import RemitError, RunError, UserError
 from remit_megatron.mcore import compat
 
@@ -158,7 +160,7 @@ class TrainingData:
         self.sources = sources
         self.data = data
         self.order = SampleOrder([len(s) for s in sources], [s.weight for s in data.train], total, data.seed)
-        self.eod_id = end_of_document([source.info for source in sources], data)
+        self.eod_id = end_of_document([source.info for source in sources], data.eod_id)
 
     def sample(self, n: int) -> dict[str, np.ndarray]:
         return self.sample_of(*self.order[n])
@@ -175,7 +177,7 @@ class HeldOut:
         self.source = source
         self.data = data
         self.length = min(limit, len(source))
-        self.eod_id = end_of_document([source.info], data)
+        self.eod_id = end_of_document([source.info], data.eod_id)
 
     def sample(self, n: int) -> dict[str, np.ndarray]:
         sample = assemble(self.source.text(n if n < self.length else 0), self.data, self.eod_id, sample_id=n)
@@ -184,23 +186,6 @@ class HeldOut:
         return sample
 
 
-def end_of_document(infos: Sequence[DatasetInfo], data: Data) -> int | None:
-    """The token that ends a document: data.eod_id, else what the manifests say. Raises UserError where they differ."""
-    found = {info.eod_id for info in infos} if data.eod_id is None else {data.eod_id}
-    if len(found) > 1:
-        raise UserError(
-            f"the datasets end their documents with different tokens {sorted(map(str, found))}: set data.eod_id"
-        )
-    return found.pop()
-
-
-def microbatches(
-    source: Any, first: int, num_microbatches: int, samples: int, dp_rank: int, dp_size: int
-) -> list[dict[str, torch.Tensor]]:
-    """This data-parallel rank's microbatches of the global batch that begins with sample `first`."""
-    batches = []
-    for i in range(num_microbatches):
-        start = first + (i * dp_size + dp_rank) * samples
-        parts = [source.sample(n) for n in range(start, start + samples)]
-        batches.append({key: torch.from_numpy(np.stack([part[key] for part in parts])) for key in parts[0]})
-    return batches
+def microbatches(source: TrainingData | HeldOut, first: int, count: int, deal: Deal) -> list[Microbatch]:
+    """This rank's first `count` microbatches of the batch that begins with sample `first`."""
+    return [stack([source.sample(first + row) for row in rows]) for rows in deal.microbatches(count)]

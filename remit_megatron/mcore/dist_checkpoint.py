@@ -1,6 +1,6 @@
 """Megatron distributed checkpoints of a model and its optimizer: any layout writes, any layout reads.
 
-Folders and their commit protocol are the caller's (remit_megatron/train/checkpoint.py).
+Folders and their commit protocol are the caller's (remit_megatron/run/checkpoint.py).
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from remit_megatron.errors import DamagedError, RunError, UserError
 from remit_megatron.mcore import compat
 from remit_megatron.mcore.checkpoint_read import cause, distrusting, first_line, verify
 from remit_megatron.mcore.collectives import failure_of_ranks
-from remit_megatron.mcore.step import unwrap
+from remit_megatron.mcore.loss_hook import unwrap
 from remit_megatron.processes import die_with_parent
 
 # Each optimizer state is stored under its parameter in the model's own shape, so that any layout can read it.

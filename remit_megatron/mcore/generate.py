@@ -12,7 +12,7 @@ from torch import Tensor
 
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.groups import Groups
-from remit_megatron.mcore.step import unwrap
+from remit_megatron.mcore.loss_hook import unwrap
 
 
 @torch.no_grad()

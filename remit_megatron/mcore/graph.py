@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from remit_megatron.config import Recipe
-from remit_megatron.errors import RunError, UserError
+from remit_megatron.errors import RunError
 
 CHECK_EVERY = 200
 TOLERANCE_NATS = 0.02
@@ -82,20 +81,3 @@ def _compare(replayed: Tensor, eager: Tensor) -> None:
             f"{TOLERANCE_NATS:g}): scores since the last check may be wrong; set reference.cuda_graph = false and go "
             "back to a checkpoint from before it"
         )
-
-
-def check_graph(recipe: Recipe, device_type: str) -> None:
-    """Raises UserError naming the key for a recipe whose reference cannot be captured, or was never tried to be."""
-    if recipe.reference is None or not recipe.reference.cuda_graph:
-        return
-    p = recipe.parallel
-    reasons = {
-        "compute.device = 'cuda'": device_type == "cuda",
-        "model.implementation = 'local'": recipe.model.implementation == "local",
-        "parallel.tensor, pipeline and context = 1": p.tensor == p.pipeline == p.context == 1,
-        "data.document_mask = false": not recipe.data.document_mask,
-        "an objective that takes scores": not getattr(recipe.build_objective(), "needs_reference_hidden", False),
-    }
-    unmet = [condition for condition, met in reasons.items() if not met]
-    if unmet:
-        raise UserError(f"reference.cuda_graph = true needs {'; '.join(unmet)}: remove the key, or change that")

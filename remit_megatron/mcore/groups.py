@@ -8,7 +8,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from remit_megatron.config import Parallel
-from remit_megatron.errors import UserError
+from remit_megatron.data.deal import Deal
+from remit_megatron.fit import data_parallel_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +35,15 @@ class Groups:
         """True on one rank per slice of the batch: last stage, first tensor-parallel rank."""
         return self.is_last_stage and self.tp.rank() == 0
 
-
-def data_parallel_size(parallel: Parallel, world_size: int) -> int:
-    """Data-parallel ranks that `world_size` leaves. Raises UserError when the layout does not divide it."""
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % model_ranks:
-        raise UserError(
-            f"{world_size} ranks do not divide by parallel.tensor x pipeline x context = "
-            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {model_ranks}: start with a multiple of it"
+    def deal(self, microbatch_samples: int = 1) -> Deal:
+        """This rank's place among those that share a batch, in microbatches of so many samples."""
+        return Deal(
+            dp_rank=self.dp.rank(),
+            dp_size=self.dp.size(),
+            cp_rank=self.cp.rank(),
+            cp_size=self.cp.size(),
+            microbatch_samples=microbatch_samples,
         )
-    return world_size // model_ranks
 
 
 def initialize_groups(parallel: Parallel, seed: int, timeout_s: float = 1800) -> Groups:

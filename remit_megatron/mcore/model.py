@@ -12,13 +12,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from remit_megatron.config import Parallel
-from remit_megatron.errors import UserError
-from remit_megatron.mcore import compat
 from remit_megatron.mcore.families import layer_spec
 from remit_megatron.mcore.loss_hook import RemitGPTModel
 from remit_megatron.mcore.norm import RMSNorm
 from remit_megatron.ops.implementation import Implementation
+from remit_megatron.optional import check_implementation
 from remit_megatron.shape import ModelShape, check_layout
+
+HEAD_CHUNK_TOKENS = 2048
+"""Tokens of a scorer whose logits exist at one time, where nothing says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,7 @@ class Build:
     loss_head: str = "logits"
     """Of a student; see RemitGPTModel."""
     loss_implementation: Implementation = "auto"
-    head_chunk_tokens: int = 2048
+    head_chunk_tokens: int = HEAD_CHUNK_TOKENS
 
 
 def make_config(shape: ModelShape, parallel: Parallel, build: Build) -> TransformerConfig:
@@ -110,15 +112,6 @@ def _traits(shape: ModelShape) -> tuple[type[TransformerConfig], dict[str, Any]]
     # Defaults are those of a YaRN model with a factor of 40.
     rope = {"rope_type": "rope", "rotary_base": shape.rope_theta, "rotary_scaling_factor": 1.0}
     return MLATransformerConfig, {**traits, **sizes, **rope, "apply_rope_fusion": False}
-
-
-def check_implementation(implementation: str) -> None:
-    """Raises UserError where model.implementation asks for what is not installed."""
-    if implementation == "transformer_engine" and not compat.has_transformer_engine():
-        raise UserError(
-            "model.implementation = 'transformer_engine' but Transformer Engine is not importable: install it "
-            "(it needs CUDA) or use 'local'"
-        )
 
 
 def _block_spec(shape: ModelShape, config: TransformerConfig, implementation: str, vp_stage: int | None) -> Any:

@@ -16,6 +16,12 @@ def _ones(width: int, config: Any) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype, device=device))
 
 
+def mark_sequence_parallel(parameter: torch.nn.Parameter, sharded: bool) -> None:
+    """Megatron sums the gradients of marked parameters over tensor-parallel ranks, which saw slices of the sequence."""
+    marked: Any = parameter
+    marked.sequence_parallel = sharded
+
+
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight over the last axis.
 
@@ -26,7 +32,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any):
         super().__init__()
         self.weight = _ones(hidden_size, config)
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark_sequence_parallel(self.weight, config.sequence_parallel)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,23 +13,16 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from remit_megatron.errors import UserError
+from remit_megatron.device import resolve_device
 
 CPU = torch.device("cpu")
 _active: torch.device | None = None
 
 
-def resolve_device(choice: str) -> str:
-    """`auto`, `cpu` or `cuda` to `cpu` or `cuda`. Raises UserError when `cuda` is asked for and absent."""
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise UserError("compute.device = 'cuda' but torch sees no CUDA device: use 'cpu', or a CUDA build of torch")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if choice == "auto" else choice
-
-
 def activate(choice: str, local_rank: int = 0) -> torch.device:
     """Make this process train on `cpu` or `cuda` (or `auto`). Idempotent; a second, different choice is a bug."""
     global _active
-    kind = resolve_device(choice)
+    kind = resolve_device(choice, torch.cuda.is_available)
     if _active is not None:
         assert _active.type == kind, f"the process already runs on {_active.type}"
         return _active
@@ -50,20 +43,23 @@ def backend(device: torch.device) -> str:
 
 def _redirect_torch() -> None:
     # DDP buffers, rotary tables, p2p and the checkpoint writer ask for the current device and its streams.
-    torch.cuda.current_device = lambda: CPU
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.current_stream = lambda *args, **kwargs: _NoStream()
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.type = _type_as_cuda
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.current_stream = lambda *args, **kwargs: _NoStream()
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.type = _type_as_cuda
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, *args, **kwargs: self
     _CUDA_TO_CPU.__enter__()
 
 
 def _redirect_megatron() -> None:
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random.CudaRNGStatesTracker = CpuRNGStatesTracker
     random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
@@ -71,7 +67,7 @@ def _redirect_megatron() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # MLA tests modules against Transformer Engine's classes; without TE those names are no classes.
-    mla = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    mla: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
     for name in dir(mla):
         if name.startswith("TE") and not isinstance(getattr(mla, name), type):
             setattr(mla, name, type(name, (), {}))

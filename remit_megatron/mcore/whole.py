@@ -13,8 +13,8 @@ from remit_megatron.errors import UserError
 from remit_megatron.mcore import platform
 from remit_megatron.mcore.checkpoint_read import Reader
 from remit_megatron.mcore.groups import destroy_groups, initialize_groups
+from remit_megatron.mcore.loss_hook import unwrap
 from remit_megatron.mcore.model import Build, build_chunks
-from remit_megatron.mcore.step import unwrap
 from remit_megatron.shape import ModelShape
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -48,6 +48,8 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
     """The type of the weights of a checkpoint. Raises UserError when it cannot be read."""
     try:
         metadata = Reader(checkpoint).read_metadata().state_dict_metadata
-        return metadata[EMBEDDING].properties.dtype
+        embedding: Any = metadata[EMBEDDING]
+        dtype: torch.dtype = embedding.properties.dtype
+        return dtype
     except (OSError, KeyError, EOFError, AttributeError) as error:
         raise UserError(f"checkpoint {checkpoint}: its description cannot be read: {error!r}") from None

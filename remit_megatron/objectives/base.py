@@ -1,12 +1,12 @@
 """The contract between the loss path and an objective."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
-from remit_megatron.errors import UserError
+from remit_megatron.objectives.settings import Distribution, Need
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,8 @@ class TokenStats:
     """Number of the optimizer step, from 1; 0 outside of a run."""
     kl: Tensor | None = None
     """[b, s] float32: KL from the reference to the student, nats, differentiable. Masked entries may hold anything."""
+    ref_entropy: Tensor | None = None
+    """[b, s] float32: entropy of the reference's distribution, nats, no graph. Masked entries may hold anything."""
     selected: Tensor | None = None
     """[b, s] float32, no graph: 1 where a selection over the whole step took the token, else 0."""
 
@@ -63,35 +65,41 @@ class LossSum:
     """What the sum is divided by, summed over the global batch: this rank's unmasked tokens, or those of them that an
     objective selects. Scalar int32: Megatron's schedule accumulates an integer."""
     metrics: dict[str, Ratio]
-    """Means over unmasked tokens, by name; `loss` and `nll` always. `loss` is over the tokens in num_tokens."""
+    """Means over unmasked tokens, by name, those that the objective declares; `loss` and `nll` always. `loss` is over
+    the tokens in num_tokens."""
 
 
 class Objective(Protocol):
-    """What is minimised. One frozen dataclass an objective; its fields are its settings in the recipe.
+    """What is minimised: pure, and told everything by its argument. `ObjectiveSettings` has the properties' meaning,
+    and is the base of those that a recipe can name."""
 
-    An objective whose loss and metrics are sums over samples, each a function of that sample's scores, says so with
-    `by_sample: ClassVar[bool] = True`; compute.loss_head = "sequence_chunks" then calls it once a sample.
+    @property
+    def name(self) -> str: ...
 
-    One that needs the reference's whole distribution says `needs_reference_hidden: ClassVar[bool] = True` and has a
-    `temperature`, and `top_k` where not the whole vocabulary is compared; it is then given `kl`. One whose tokens
-    compete over the whole step has `global_share`, the share to select; it is then given `selected`.
-    """
+    @property
+    def needs(self) -> frozenset[Need]: ...
 
-    name: ClassVar[str]
-    needs_reference: ClassVar[bool]
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
+
+    @property
+    def by_sample(self) -> bool: ...
+
+    @property
+    def remark(self) -> str | None: ...
+
+    @property
+    def distribution(self) -> Distribution: ...
+
+    @property
+    def global_share(self) -> float | None: ...
+
+    @property
+    def needs_reference(self) -> bool: ...
 
     def __call__(self, stats: TokenStats) -> LossSum:
         """Called once a microbatch on every rank that computes the loss, also where all tokens are masked."""
         ...
-
-
-def check_by_sample(objective: Objective) -> None:
-    """Raises UserError for an objective that does not say that its loss is a sum over samples."""
-    if not getattr(objective, "by_sample", False):
-        raise UserError(
-            f"compute.loss_head = 'sequence_chunks' cannot serve objective '{objective.name}', whose loss is no sum "
-            "over samples, each a function of its NLL: use 'logits'"
-        )
 
 
 def kept_tokens(stats: TokenStats) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,18 +1,11 @@
 """Next-token prediction (Equation 2): every unmasked token has weight 1."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from remit_megatron.objectives.base import LossSum, TokenStats, kept_tokens, mean_over
+from remit_megatron.objectives.settings import NTPSettings
 
 
-@dataclass(frozen=True, slots=True)
-class NTP:
-    """The baseline. No settings."""
-
-    name: ClassVar[str] = "ntp"
-    needs_reference: ClassVar[bool] = False
-    by_sample: ClassVar[bool] = True
+class NTP(NTPSettings):
+    """The baseline."""
 
     def __call__(self, stats: TokenStats) -> LossSum:
         """Sum of the NLL over unmasked tokens. Metrics: loss, nll."""

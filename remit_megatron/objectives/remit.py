@@ -1,42 +1,15 @@
 """ReMiT (Equations 3 to 6): tokens on which the reference is more confident than the sample's mean weigh more."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
-
 from torch import Tensor
 
-from remit_megatron.errors import UserError
 from remit_megatron.objectives.base import LossSum, TokenStats, kept_tokens, mean_over
+from remit_megatron.objectives.settings import RemitSettings
 from remit_megatron.ops.selection import shuffle_in_samples
 from remit_megatron.ops.weights import remit_weights
 
-CENTERINGS = ("sample", "document")
 
-
-@dataclass(frozen=True, slots=True)
-class Remit:
-    """The paper's objective. With another reference it is the SFT-guided ablation."""
-
-    epsilon: float = 0.2
-    """Half-width of the clip: weights lie in [1 - epsilon, 1 + epsilon]."""
-    clip: bool = True
-    """False is the paper's ablation without clipping: weights lie in (0, 2)."""
-    centering: Literal["sample", "document"] = "sample"
-    """The mean gap is taken over a whole packed sample, or over each document in it."""
-    shuffle: bool = False
-    """Control: each sample's weights go to random tokens of it, so that only the choice of tokens is lost."""
-    shuffle_seed: int = 1234
-    """With the step and the sample it fixes the permutation."""
-
-    name: ClassVar[str] = "remit"
-    needs_reference: ClassVar[bool] = True
-    by_sample: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.epsilon <= 1.0:
-            raise UserError(f"objective.epsilon must be in [0, 1], got {self.epsilon}")
-        if self.centering not in CENTERINGS:
-            raise UserError(f"objective.centering must be one of {', '.join(CENTERINGS)}, got '{self.centering}'")
+class Remit(RemitSettings):
+    """sum of w nll over unmasked tokens, w = clip(2 sigmoid(gap - mean gap))."""
 
     def weights(self, stats: TokenStats) -> Tensor:
         """The tokens' weights, [b, s] float32, constants for autograd; 0 at masked tokens."""

@@ -1,8 +1,27 @@
-"""Whole samples from the parts that context-parallel ranks hold, and back."""
+"""Whole samples and the parts of them that context-parallel ranks hold.
+
+Rank r of c has the chunks r and 2c - 1 - r of the 2c equal chunks of a sample, which is Megatron's zigzag: under causal
+attention every rank then has the same work.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def zigzag_slice(x: Tensor, rank: int, size: int, dim: int = 1) -> Tensor:
+    """A context-parallel rank's chunks `rank` and `2 * size - 1 - rank` of `x` along `dim`; of one rank, x itself."""
+    if size == 1:
+        return x
+    chunks = x.chunk(2 * size, dim=dim)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=dim)
+
+
+def zigzag_restore(gathered: Tensor, size: int) -> Tensor:
+    """Ranks' zigzag slices, concatenated in rank order along dim 0, to the natural order of the sample."""
+    chunks = gathered.chunk(2 * size, dim=0)
+    low, high = chunks[0::2], chunks[1::2]
+    return torch.cat([*low, *reversed(high)], dim=0)
 
 
 @torch.no_grad()

@@ -3,14 +3,15 @@
 import importlib
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from remit_megatron.errors import UserError
+from remit_megatron.ops.choices import Implementation
 
-Implementation = Literal["auto", "torch", "triton"]
+__all__ = ["Implementation", "describe_implementation", "device_of", "triton_kernels"]
 
 
 def describe_implementation(device_type: str) -> tuple[str, str]:

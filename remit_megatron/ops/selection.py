@@ -8,7 +8,7 @@ from torch import Tensor
 
 from remit_megatron.ops.context_parallel import gather_samples, local_part
 
-SHARE_STEPS = 1_000_000
+MILLIONTHS = 1_000_000
 """A share is a whole number of millionths, so that the count kept is integer arithmetic."""
 
 
@@ -57,7 +57,7 @@ def top_share(
 
 def num_selected(count: Tensor, share: float) -> Tensor:
     """ceil(share * count), int64, without floating point."""
-    return (count * round(share * SHARE_STEPS) + SHARE_STEPS - 1) // SHARE_STEPS
+    return (count * round(share * MILLIONTHS) + MILLIONTHS - 1) // MILLIONTHS
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-STEPS_PER_NAT = 2.0**24
+FIXED_POINT_PER_NAT = 2.0**24
 """Resolution of the centring sum. A sum of integers is exact, so the mean has the same bits for every order of
 summation (atomics on a GPU included) and every cut over context-parallel ranks, at an error of 3e-8 nat."""
 MAX_GAP_NATS = 2.0**17
@@ -46,12 +46,12 @@ def remit_weights(
     # Where, not a product: a masked position may hold inf or nan.
     gap = torch.where(kept, nll.double() - ref_nll.double(), 0.0)
     usable = gap.abs() < MAX_GAP_NATS  # False for nan, too
-    steps = torch.where(usable, gap * STEPS_PER_NAT, 0.0).round().long()
-    parts = torch.stack([steps, kept.long(), (~usable).long()], dim=1)  # [b, 3, s]
+    fixed = torch.where(usable, gap * FIXED_POINT_PER_NAT, 0.0).round().long()
+    parts = torch.stack([fixed, kept.long(), (~usable).long()], dim=1)  # [b, 3, s]
 
     if segment_ids is None:
         totals = parts.sum(dim=2, keepdim=True)  # [b, 3, 1]
-        group_of_token = torch.zeros_like(steps)
+        group_of_token = torch.zeros_like(fixed)
     else:
         cp_size = 1 if cp_group is None else dist.get_world_size(cp_group)
         num_groups = nll.shape[1] * cp_size  # an upper bound known without asking the device
@@ -61,8 +61,8 @@ def remit_weights(
     if cp_group is not None and dist.get_world_size(cp_group) > 1:
         dist.all_reduce(totals, group=cp_group)
 
-    steps_sum, count, unusable = totals.unbind(dim=1)  # [b, groups]
-    mean = steps_sum.double() / STEPS_PER_NAT / count.clamp(min=1)
+    fixed_sum, count, unusable = totals.unbind(dim=1)  # [b, groups]
+    mean = fixed_sum.double() / FIXED_POINT_PER_NAT / count.clamp(min=1)
     mean = torch.where(unusable > 0, torch.nan, mean)
     weights = 2.0 * torch.sigmoid(gap - mean.gather(1, group_of_token))
     if clip:

@@ -21,11 +21,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from remit_megatron import toml
-from remit_megatron.config import NonNegative, Positive, Section
 from remit_megatron.data import checksums
 from remit_megatron.data.checksums import Checksum
 from remit_megatron.data.files import make_folder, write_atomically
 from remit_megatron.errors import DamagedError, UserError
+from remit_megatron.sections import NonNegative, Positive, Section
 
 SPEC, MANIFEST, METRICS = "stage.json", "manifest.json", "metrics.jsonl"
 MODEL, WORK, KEEP = "model", "work", "keep"
@@ -82,6 +82,8 @@ class Optimizer(Section):
     """Of the computation; weights and moments are kept in float32 in both cases."""
     recompute: bool = False
     """Gradient checkpointing."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """Rows that are longer than the limit below: none is ever cut."""
 
     @model_validator(mode="after")
     def _schedule(self) -> "Optimizer":

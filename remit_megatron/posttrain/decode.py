@@ -133,7 +133,7 @@ class _State:
         # One look-up a step serves all layers: [T, L, 2, H + G, D].
         self.turns_TL2HD = torch.stack([layer.turn_2THD for layer in self.layers]).permute(2, 0, 1, 3, 4).contiguous()
         padding_BT = torch.arange(self.room) < self.padding_B[:, None]
-        self.bias_BT = torch.zeros(padding_BT.shape).masked_fill_(padding_BT, float("-inf"))
+        self._put_bias(torch.zeros(padding_BT.shape).masked_fill_(padding_BT, float("-inf")))
         shape = (2, len(self.layers), len(lengths_B), decoder.groups, self.room, decoder.width)
         self._put_cache(torch.zeros(shape))
 
@@ -174,19 +174,28 @@ class _State:
         new = torch.empty(*old.shape[:2], len(rows), *old.shape[3:])
         new[..., : self.length, :] = old[..., : self.length, :][:, :, rows]
         self._put_cache(new)
-        self.bias_BT, self.padding_B = self.bias_BT[rows], self.padding_B[rows]
+        self.padding_B = self.padding_B[rows]
+        self._put_bias(self.bias_BT[rows])
+
+    def _put_bias(self, bias_BT: Tensor) -> None:
+        """What keeps queries from the padding, and the same for each group, [B x G, 1, T]."""
+        self.bias_BT = bias_BT
+        self.bias_of_groups = bias_BT.repeat_interleave(self.decoder.groups, 0)[:, None]
 
     def advance(self, tokens_BS: Tensor) -> Tensor:
         """Put S tokens after each sequence; the logits after the last of them, [B, V]."""
         size, steps = tokens_BS.shape
         until = self.length + steps
-        position_BS = (torch.arange(self.length, until) - self.padding_B[:, None]).clamp_min_(0)
-        turns = self.turns_TL2HD[position_BS.flatten()].unbind(1)
+        if steps == 1:
+            place_N = self.length - self.padding_B
+        else:
+            place_N = (torch.arange(self.length, until) - self.padding_B[:, None]).clamp_min_(0).flatten()
+        turns = self.turns_TL2HD[place_N].unbind(1)
         bias = self._bias(steps, until)
         x = self.embedding[tokens_BS.flatten()]
         for number, layer in enumerate(self.layers):
             mixed = self._attend(number, layer, x, turns[number], bias, size)
-            if layer.attention_norm is None:
+            if layer.attention_norm is None or layer.mlp_norm is None:
                 x = torch.addmm(x, mixed, layer.out)
                 x = torch.addmm(x, self._gated(layer, x * self._inverse_rms(x)), layer.down)
             else:
@@ -202,7 +211,7 @@ class _State:
         """Added to the scores: [B x G, 1 or rows, T], minus infinity where a query must not look."""
         groups = self.decoder.groups
         if steps == 1:
-            return self.bias_BT[:, None, :until].expand(-1, groups, -1).reshape(-1, 1, until)
+            return self.bias_of_groups[:, :, :until]
         causal_ST = torch.full((steps, until), float("-inf")).triu_(1 + self.length)
         # A padding position sees itself, so that no row is without anything to attend to.
         own_ST = torch.eye(steps, until, dtype=torch.bool)

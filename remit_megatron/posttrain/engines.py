@@ -20,7 +20,7 @@ from remit_megatron.posttrain.contract import WORK, StageSpec
 from remit_megatron.posttrain.progress import StageProgress
 from remit_megatron.processes import STOP_SIGNALS, die_with_parent
 
-LOG = "log.txt"
+LOG, OUTCOME = "log.txt", "outcome.json"
 PROGRAM = "remit_megatron.posttrain.worker"
 POLL_S = 0.1
 STOPPED = "stopped; the same command goes on"
@@ -50,7 +50,8 @@ def _command(folder: Path, spec: StageSpec) -> list[str]:
 
 
 def _run_process(line: list[str], folder: Path, progress: StageProgress) -> tuple[int, str | None]:
-    """Exit code of a command whose output goes to the log; 75 where it was stopped by a signal to this process."""
+    """(exit code, message) of a command whose output goes to the log; 75 where a signal to this process stopped it."""
+    (folder / WORK / OUTCOME).unlink(missing_ok=True)
     with _log(folder) as log:
         log.write(f"$ {shlex.join(line)}\n".encode())
         log.flush()
@@ -59,7 +60,13 @@ def _run_process(line: list[str], folder: Path, progress: StageProgress) -> tupl
             while child.poll() is None:
                 progress.look()
                 time.sleep(POLL_S)
-        return (StopRequested.exit_code if asked and child.returncode else child.returncode), None
+    if asked and child.returncode:
+        return StopRequested.exit_code, None
+    outcome = folder / WORK / OUTCOME  # a launcher has an exit code of its own whatever a rank ended with
+    if child.returncode and outcome.exists():
+        said = json.loads(outcome.read_text())
+        return said["code"], said["message"]
+    return child.returncode, None
 
 
 class Workers:

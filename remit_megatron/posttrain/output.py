@@ -77,8 +77,8 @@ def _check_tokenizer(made: Path, given: Path) -> None:
             raise UserError(f"{made}: {wrong[0]}: the engine changed the tokenizer")
 
 
-def _text(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return f"{list(shape)} of {str(dtype).removeprefix('torch.')}"
+def _text(shape: tuple[int, ...], dtype: str) -> str:
+    return f"{list(shape)} of {dtype}"
 
 
 def read_versions(work: Path) -> dict[str, str]:

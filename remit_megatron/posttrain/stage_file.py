@@ -1,5 +1,6 @@
 """A stage as its TOML file has it."""
 
+import json
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -34,7 +35,7 @@ def load_stage(kind: Kind, path: Path, overrides: list[str], *, allow_code: bool
     for override in overrides:
         toml.override(settings, override)
     try:
-        stage = StageFile.model_validate(settings)
+        stage = StageFile.model_validate_json(json.dumps(settings))  # JSON's lists are tuples
         if not Path(stage.model).is_dir():
             raise UserError(f"model = '{stage.model}' is no folder")
         spec = StageSpec(

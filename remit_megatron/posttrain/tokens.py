@@ -101,12 +101,6 @@ def prompt_ids(chat: ChatTokenizer, prompt: Messages | str) -> list[int]:
     return chat.ids(chat.text(prompt, prompt=True))
 
 
-def check_length(where: str, what: str, tokens: int, limit: int, key: str) -> None:
-    if tokens > limit:
-        raise UserError(f"{where}: {what} is {tokens} tokens long, and {key} = {limit} would cut it: raise it or drop "
-                        "the row")  # fmt: skip
-
-
 def column(rows: list[np.ndarray]) -> Any:
     """An arrow column of lists: 4 bytes a token, where Python's lists take 36."""
     import pyarrow

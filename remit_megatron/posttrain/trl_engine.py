@@ -100,6 +100,9 @@ class StageCallback(TrainerCallback):
         self.folder, self.spec, self.trainer, self.stop = folder, spec, trainer, stop
         self.given = HFFolder(folder / WORK / "in")
         self.main = trainer.is_world_process_zero()
+        # Of SFT and DPO, TRL counts from zero again when it resumes.
+        lines = read_metrics(folder) if spec.kind != "rl" else []
+        self.tokens_before = lines[-1].get("num_tokens", 0) if lines else 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         if not logs or "train_runtime" in logs or not self.main:
@@ -108,7 +111,7 @@ class StageCallback(TrainerCallback):
         names = {"learning_rate": "lr", "rewards/correct_answers/mean": "correct"}
         for key, value in logs.items():
             if isinstance(value, int | float) and not key.startswith("rewards/correct_answers/std"):
-                line[names.get(key, key)] = value
+                line[names.get(key, key)] = value + (self.tokens_before if key == "num_tokens" else 0)
         with (self.folder / METRICS).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
         _check_health(self.spec, line)
@@ -146,11 +149,12 @@ def _restore_types(folder: Path, given: HFFolder) -> None:
     if all(types[name] == stored.dtype for name, stored in made.tensors.items()):
         return
     order = [name for shard in made.shards for name in sorted(n for n, s in made.tensors.items() if s.shard == shard)]
-    sizes = {name: int(np.prod(made.tensors[name].shape)) * types[name].itemsize for name in order}
+    sizes = {name: int(np.prod(made.tensors[name].shape)) * getattr(torch, types[name]).itemsize for name in order}
     rounded = folder / "rounded"
     rounded.mkdir()
     tensors = {name: tensor for name, tensor in made if name in types}
-    write_tensors(rounded, ((name, tensors.pop(name).to(types[name])) for name in order), sizes, MAX_SHARD_BYTES)
+    converted = ((name, tensors.pop(name).to(getattr(torch, types[name]))) for name in order)
+    write_tensors(rounded, converted, sizes, MAX_SHARD_BYTES)
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     for path in rounded.iterdir():
@@ -171,6 +175,7 @@ def _check_health(spec: StageSpec, line: dict[str, Any]) -> None:
 def _make_trainer(spec: StageSpec, work: Path, prepared: Prepared) -> Any:
     model = str(work / "in")
     common = _arguments(spec, work)
+    arguments: Any
     if spec.sft is not None:
         table = pyarrow.table({"input_ids": column(prepared.ids), "labels": column(prepared.labels)})
         arguments = trl.SFTConfig(

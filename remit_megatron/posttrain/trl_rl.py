@@ -28,6 +28,7 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
             completions, logps = super()._generate_single_turn(prompt_ids, *args, **more)
         else:
             logps = None
+            assert self.max_completion_length is not None, "the stage's settings give it"
             completions = self._decoder.generate(
                 prompt_ids,
                 max_new_tokens=self.max_completion_length,

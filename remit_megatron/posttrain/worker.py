@@ -12,9 +12,10 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
+from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import RemitError, RunError
 from remit_megatron.posttrain.contract import WORK
-from remit_megatron.posttrain.engines import LOG
+from remit_megatron.posttrain.engines import LOG, OUTCOME
 from remit_megatron.processes import STOP_SIGNALS
 
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets")
@@ -60,6 +61,14 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def run_once(folder: Path) -> int:
+    """The exit code of a stage; what went wrong on any rank is left for whoever started the launcher."""
+    code, message = run(folder, Stop())
+    if code:
+        write_atomically(folder / WORK / OUTCOME, json.dumps({"code": code, "message": message}).encode())
+    return code
+
+
 def serve(stop: Stop) -> None:
     """Answer requests until stdin ends. What stages print goes to their own logs."""
     answers = os.fdopen(os.dup(1), "w")
@@ -77,5 +86,5 @@ def serve(stop: Stop) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        sys.exit(run(Path(sys.argv[1]), Stop())[0])
+        sys.exit(run_once(Path(sys.argv[1])))
     serve(Stop())

@@ -1,45 +1,48 @@
 """What a run says of itself at its start."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
-import torch
-
-from remit_megatron.config import Recipe
-from remit_megatron.mcore.datasets import SourceSamples
-from remit_megatron.mcore.groups import Groups
-from remit_megatron.objectives import Objective
-from remit_megatron.train.models import Plan
+from remit_megatron.mcore import datasets
+from remit_megatron.scores.cached import Cached
+from remit_megatron.scores.precision import precision_error
+from remit_megatron.train.setup import SetUp
+from remit_megatron.train.student import Student
 
 
-def start_lines(
-    *,
-    recipe: Recipe,
-    plan: Plan,
-    objective: Objective,
-    groups: Groups,
-    device: torch.device,
-    num_microbatches: int,
-    scores: Path | None,
-    sources: Sequence[SourceSamples],
-    resume: Path | None,
-) -> Iterator[str]:
-    """Model and start, layout, remarks of the objective, where scores come from, warnings of the datasets.
-
-    scores: the folder that they are read from. resume: the checkpoint that the run goes on from.
-    """
-    start = f"resumes from {resume.name}" if resume else f"starts from {plan.init or 'random weights'}"
+def start_lines(parts: SetUp) -> Iterator[str]:
+    """What was passed over, model and start, layout, remarks of the objective, where scores come from, warnings of the
+    datasets."""
+    ready, objective = parts.ready, parts.objective
+    recipe, plan, p = ready.recipe, ready.plan, ready.recipe.parallel
+    for path, problem in parts.passed_over.items():
+        yield f"--fallback: {path.name} is passed over and set aside: {problem}"
+    start = f"resumes from {plan.resume.name}" if plan.resume else f"starts from {plan.init or 'random weights'}"
     yield f"{recipe.run}: {objective.name}, {plan.shape.num_parameters() / 1e6:,.1f}M parameters, {start}"
-    p = recipe.parallel
     yield (
-        f"{groups.world_size} ranks on {device.type}: tensor {p.tensor}, pipeline {p.pipeline} x "
-        f"{p.virtual_pipeline}, context {p.context}, data {groups.dp.size()}; {num_microbatches} microbatches a step"
+        f"{ready.groups.world_size} ranks on {ready.process.device.type}: tensor {p.tensor}, pipeline {p.pipeline} x "
+        f"{p.virtual_pipeline}, context {p.context}, data {ready.groups.dp.size()}; {parts.num_microbatches} "
+        "microbatches a step"
     )
-    remark = getattr(objective, "remark", None)
-    if remark:
-        yield remark
-    if scores:
-        yield f"the reference's scores come from {scores}"
-    for source in sources:
+    if objective.remark:
+        yield objective.remark
+    if isinstance(parts.source, Cached):
+        yield f"the reference's scores come from {parts.source.cache.folder}"
+    for source in ready.data.sources:
         for warning in source.info.warnings:
             yield f"warning: {warning}"
+
+
+def precision_lines(parts: SetUp, student: Student) -> list[str]:
+    """What FP8 does to the reference's scores, measured on a microbatch of the first step; nothing where it has its
+    own precision. Collective."""
+    ready, reference = parts.ready, parts.reference
+    if reference is None or not reference.products:
+        return []
+    count = min(ready.recipe.parallel.pipeline, parts.num_microbatches)
+    microbatches = datasets.microbatches(ready.data, 0, count, ready.deal)
+    errors = precision_error(reference, parts.forward_step, student.complete(), microbatches)
+    return [
+        f"reference in fp8: error of {name} {error.rms:.2e} rms, {error.largest:.2e} at most, over "
+        f"{error.tokens:,} tokens"
+        for name, error in errors.items()
+    ]

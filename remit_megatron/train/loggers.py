@@ -1,6 +1,5 @@
 """Where metrics go besides metrics.jsonl: a progress line, log.txt, TensorBoard, Weights & Biases. Rank 0 only."""
 
-import importlib.util
 import logging
 import sys
 import time
@@ -15,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from remit_megatron.config import Recipe, load_recipe
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.train.checkpoint import CheckpointFolder, read_meta
+from remit_megatron.optional import check_wandb
+from remit_megatron.run.checkpoint import CheckpointFolder, read_meta
 from remit_megatron.train.wandb_run import Target, WandbProcess, upload
 
 Line = dict[str, Any]
@@ -124,17 +124,6 @@ class TensorBoardLog:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def check_loggers(recipe: Recipe) -> None:
-    """Raise UserError for a logger that is asked for and not installed."""
-    check_wandb(required=recipe.logging.wandb != "off")
-
-
-def check_wandb(required: bool) -> None:
-    """Raise UserError where it is required and not installed."""
-    if required and importlib.util.find_spec("wandb") is None:
-        raise UserError("wandb is not installed: pip install wandb, or set logging.wandb to 'off'")
 
 
 class Loggers:

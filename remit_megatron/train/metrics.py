@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,41 @@ from remit_megatron.data.files import writing
 from remit_megatron.errors import RunError, UserError
 
 NAMES = ("loss", "nll", "ref_nll", "gap", "weight", "weight_sq", "clipped_low", "clipped_high", "selected", "kl")
+"""Metrics with a place of their own in the sum over ranks, in this order: of more than two ranks, what a sum rounds to
+may depend on the place. Others come after them."""
 RENAMED = {"gap": "gap_mean", "weight": "weight_mean"}
 
 
-def reduce_reports(reports: list[dict[str, Tensor]], counts: bool, flags: list[float], device: torch.device) -> Any:
+def reduce_reports(
+    reports: list[dict[str, Tensor]],
+    counts: bool,
+    flags: list[float],
+    device: torch.device,
+    *,
+    declared: Sequence[str] = (),
+) -> Any:
     """Sum the loss reports of all microbatches and ranks, with some flags, in one all-reduce over the world.
 
     reports: of this rank's microbatches, name -> [numerator, denominator]; empty off the last stage. counts: whether
-    this rank's reports count (one rank per slice of the batch). Returns (name -> (numerator, denominator) on every
-    rank, summed flags). The order of the sum is fixed by the layout, so a run repeats bit for bit.
+    this rank's reports count (one rank per slice of the batch). declared: names that reports may have, the same on
+    every rank. Returns (name -> (numerator, denominator) on every rank, summed flags). The order of the sum is fixed by
+    the layout, so a run repeats bit for bit.
     """
-    extra = sorted({name for report in reports for name in report} - set(NAMES))
-    assert not extra, f"metrics without a declared name: {extra}"
-    flat = torch.zeros(2 * len(NAMES) + len(flags), dtype=torch.float64)
+    names = (*NAMES, *(name for name in declared if name not in NAMES))
+    extra = sorted({name for report in reports for name in report} - set(names))
+    assert not extra, f"metrics that the objective does not declare: {extra}"
+    flat = torch.zeros(2 * len(names) + len(flags), dtype=torch.float64)
     if counts:
         for report in reports:
             for name, ratio in report.items():
-                i = 2 * NAMES.index(name)
+                i = 2 * names.index(name)
                 flat[i : i + 2] += ratio.double().cpu()
-    flat[2 * len(NAMES) :] = torch.tensor(flags, dtype=torch.float64)
+    flat[2 * len(names) :] = torch.tensor(flags, dtype=torch.float64)
     flat = flat.to(device)
     dist.all_reduce(flat)
     values = flat.tolist()
-    ratios = {name: (values[2 * i], values[2 * i + 1]) for i, name in enumerate(NAMES) if values[2 * i + 1]}
-    return ratios, values[2 * len(NAMES) :]
+    ratios = {name: (values[2 * i], values[2 * i + 1]) for i, name in enumerate(names) if values[2 * i + 1]}
+    return ratios, values[2 * len(names) :]
 
 
 def read(ratios: dict[str, tuple[float, float]]) -> dict[str, float]:

@@ -16,15 +16,15 @@ import torch.distributed as dist
 
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import write_atomically, writing
+from remit_megatron.data.steps import stack
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.mcore import datasets
+from remit_megatron.mcore import datasets, passes
 from remit_megatron.mcore.groups import Groups
-from remit_megatron.mcore.step import make_forward_step
-from remit_megatron.objectives import NTP, Objective, TokenStats
-from remit_megatron.ops.score_steps import round_to_steps
+from remit_megatron.objectives import Need, Objective, TokenStats
+from remit_megatron.ops.score_quanta import round_to_quanta
 from remit_megatron.ops.selection import top_share
-from remit_megatron.reference.online import Reference
-from remit_megatron.train.dealt import DealtSamples
+from remit_megatron.run.dealt import DealtSamples
+from remit_megatron.run.reference import Reference
 
 KEY = "logging.tokens_every_steps"
 BINS = 40
@@ -62,9 +62,7 @@ class TokenRecords:
         self.folder = Path(recipe.run) / "tokens"
         self.count = held_out.length
         self._dealt = DealtSamples(recipe, held_out, groups, device)
-        self._step = make_forward_step(NTP(), groups=groups)
-        samples: list[Any] = [held_out.sample(n) for n in range(self.count)]
-        self._samples = {key: torch.from_numpy(np.stack([one[key] for one in samples])) for key in samples[0]}
+        self._samples = stack([held_out.sample(n) for n in range(self.count)])
         self._ref_nll: torch.Tensor | None = None
         if objective.needs_reference:
             if reference is None:
@@ -73,7 +71,7 @@ class TokenRecords:
                     "reference.check_samples above 0, or reference.queue.fallback = 'online'"
                 )
             scores = self._nll(reference.chunks)
-            self._ref_nll = round_to_steps(scores) if recipe.reference and recipe.reference.rounds else scores
+            self._ref_nll = round_to_quanta(scores) if recipe.reference and recipe.reference.rounds else scores
 
     def resume(self, step: int) -> None:
         """On rank 0: remove what an earlier start has recorded after `step`, which comes again."""
@@ -94,7 +92,7 @@ class TokenRecords:
                 self._write(step, nll, weight)
             except RunError as error:  # a full disk costs records, not the run
                 logging.getLogger(__name__).warning("%s", error)
-        kept = self._samples["loss_mask"] > 0
+        kept = self._samples.loss_mask > 0
         if weight is None or not kept.any():
             return {}
         counts, edges = np.histogram(weight[kept].numpy(), bins=BINS, range=(0.0, 2.0))
@@ -102,22 +100,31 @@ class TokenRecords:
 
     def _nll(self, chunks: list[Any]) -> torch.Tensor:
         """[n, s] float32 on the CPU of every rank."""
-        return self._dealt.whole(self._step.nll_of(chunks, self._dealt.microbatches(0, self._dealt.count)))
+        microbatches = self._dealt.microbatches(0, self._dealt.count)
+        return self._dealt.whole(passes.nll(chunks, microbatches, self.groups))
 
     def _weights(self, step: int, nll: torch.Tensor) -> torch.Tensor | None:
         """What each token counts for in the objective's loss, [n, s]: the same arithmetic as in training, on these
         samples; tokens that compete over a batch compete over them."""
-        if getattr(self.objective, "needs_reference_hidden", False):
+        if Need.DISTRIBUTION in self.objective.needs:
             return None
-        mask, share = self._samples["loss_mask"].float(), getattr(self.objective, "global_share", None)
-        known: Any = {key: self._samples[key] for key in ("segment_ids", "sample_id") if key in self._samples}
-        if share is not None:
+        mask, share, selected = self._samples.loss_mask.float(), self.objective.global_share, None
+        if Need.GLOBAL_SELECTION in self.objective.needs and share is not None:
             assert self._ref_nll is not None
             gap = nll.double() - self._ref_nll.double()
-            known["selected"] = top_share(gap, mask, share, scope="microbatch")
+            selected = top_share(gap, mask, share, scope="microbatch")
         variable = nll.clone().requires_grad_()
         with torch.enable_grad():
-            loss = self.objective(TokenStats(nll=variable, ref_nll=self._ref_nll, mask=mask, step=step, **known))
+            stats = TokenStats(
+                nll=variable,
+                ref_nll=self._ref_nll,
+                mask=mask,
+                segment_ids=self._samples.segment_ids,
+                sample_id=self._samples.sample_id,
+                step=step,
+                selected=selected,
+            )
+            loss = self.objective(stats)
             (weight,) = torch.autograd.grad(loss.loss_sum, variable)
         return weight
 
@@ -131,11 +138,11 @@ class TokenRecords:
             "step": np.full(count * length, step),
             "sample": np.repeat(np.arange(count, dtype=np.int32), length),
             "position": np.tile(np.arange(length, dtype=np.int32), count),
-            "token": self._samples["labels"].flatten().int().numpy(),
+            "token": self._samples.labels.flatten().int().numpy(),
             "nll": flat(nll),
             "ref_nll": flat(self._ref_nll),
             "weight": flat(weight),
-            "mask": (self._samples["loss_mask"] > 0).flatten().numpy(),
+            "mask": (self._samples.loss_mask > 0).flatten().numpy(),
         }
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)

@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
+from remit_megatron.analysis.comparison import Comparison, ModelTokens
 from remit_megatron.analysis.heatmap import colour, page
 from remit_megatron.analysis.margins import concentration, summarise, token_table
 from remit_megatron.analysis.plots import plot_comparison
-from remit_megatron.analysis.score import Comparison, ModelTokens
 from remit_megatron.analysis.tokens import words
 from tests.data_prep import tokenizers
 

@@ -31,7 +31,7 @@ def compare_all(rank: int, jobs: list[tuple[Any, str, dict[str, str]]]) -> list[
     from remit_megatron.analysis.score import compare_models
     from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
-    from remit_megatron.train.runtime import Process
+    from remit_megatron.run.process import Process
 
     activate("cpu")
     size = dist.get_world_size()
@@ -89,7 +89,7 @@ def from_the_definition(rank: int, recipe: Any, folder: str, names: list[str]) -
     """Texts [n, s + 1] of the set, and log p [n, s, V] float64 of each run, from logits of a model on one process."""
     from remit_megatron.mcore import datasets, dist_checkpoint
     from remit_megatron.mcore.whole import whole_model
-    from remit_megatron.train.checkpoint import read_meta, resolve_checkpoint
+    from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
 
     parsed = parse_recipe(recipe)
     source = datasets.open_source(parsed.data.eval["held"], parsed.data, runs.VOCAB)

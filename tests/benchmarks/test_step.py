@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.step import ARMS, SCORED, SHAPES
 from benchmarks.step_figures import LIMITS, verdict
-from remit_megatron.train.flops import training_flops_per_token
+from remit_megatron.flops import training_flops_per_token
 
 ROOT = Path(__file__).parents[2]
 

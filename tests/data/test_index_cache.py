@@ -1,5 +1,6 @@
 """Caches: complete or absent, healed when damaged, built once by many."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from remit_megatron.data import index_cache
+from remit_megatron.data import files, index_cache
 from remit_megatron.data.index_cache import LEDGER, cache_name, ensure_cache, is_valid
 from remit_megatron.errors import RunError
 
@@ -90,7 +91,9 @@ def test_killed_while_building(tmp_path: Path) -> None:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert not (tmp_path / cache_name(KEY)).exists()
+    assert len(list(tmp_path.glob(".*.tmp"))) == 1
     assert is_valid(ensure_cache(tmp_path, KEY, build))
+    assert list(tmp_path.glob(".*.tmp")) == []
 
 
 def slow_build(folder: Path) -> None:
@@ -100,22 +103,29 @@ def slow_build(folder: Path) -> None:
     build(folder)
 
 
-def _rank(root: str, locked: bool, queue: "multiprocessing.Queue[str]") -> None:
-    if not locked:  # a file system whose locks do not reach other nodes
-        index_cache.fcntl.flock = lambda *_: None  # type: ignore[assignment]
+def _no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+LOCKS: dict[str, Callable[..., None] | None] = {"locks": None, "local locks": lambda *_: None, "no locks": _no_locks}
+"""What stands in for flock: the file system's own, one that does not reach other nodes, one that there is not."""
+
+
+def _rank(root: str, locks: str, queue: "multiprocessing.Queue[str]") -> None:
+    files.fcntl.flock = LOCKS[locks] or files.fcntl.flock  # type: ignore[assignment]
     folder = ensure_cache(Path(root), KEY, slow_build)
     queue.put(f"{folder} {is_valid(folder)} {np.load(folder / 'index.npy').sum()}")
 
 
-@pytest.mark.parametrize("locked", [True, False])
+@pytest.mark.parametrize("locks", LOCKS)
 @pytest.mark.parametrize("damaged", [False, True])
-def test_many_build_at_once(locked: bool, damaged: bool, tmp_path: Path) -> None:
+def test_many_build_at_once(locks: str, damaged: bool, tmp_path: Path) -> None:
     """Every process gets a whole cache; with locks one of them builds it."""
     if damaged:
         cut(ensure_cache(tmp_path, KEY, build) / "index.npy")
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(str(tmp_path), locked, queue)) for _ in range(6)]
+    processes = [context.Process(target=_rank, args=(str(tmp_path), locks, queue)) for _ in range(6)]
     for process in processes:
         process.start()
     answers = [queue.get(timeout=60) for _ in processes]
@@ -124,8 +134,8 @@ def test_many_build_at_once(locked: bool, damaged: bool, tmp_path: Path) -> None
         assert process.exitcode == 0
     assert set(answers) == {f"{tmp_path / cache_name(KEY)} True {sum(range(1000))}"}
     builds = len((tmp_path / "calls").read_text())
-    assert builds == 1 if locked else builds > 1
-    assert [p.name for p in tmp_path.iterdir() if p.name.endswith((".tmp", ".damaged"))] == []
+    assert builds == 1 if locks == "locks" else builds > 1
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
 
 
 def test_failures(tmp_path: Path) -> None:
@@ -147,5 +157,5 @@ def test_failures(tmp_path: Path) -> None:
 def test_valid_cache_in_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPU nodes may mount prepared data read-only."""
     folder = ensure_cache(tmp_path, KEY, build)
-    monkeypatch.setattr(index_cache, "_lock", None)  # any attempt to write would call it
+    monkeypatch.setattr(index_cache, "locked", None)  # any attempt to write would call it
     assert ensure_cache(tmp_path, KEY, build) == folder

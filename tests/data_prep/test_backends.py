@@ -15,7 +15,15 @@ import pytest
 import zstandard
 
 from data_prep import backends, worker
-from data_prep.backends import HOSTILE_TEXTS, Gigatoken, HuggingFace, TokenizerFile, choose_backend, first_difference
+from data_prep.backends import (
+    HOSTILE_TEXTS,
+    Choice,
+    Gigatoken,
+    HuggingFace,
+    TokenizerFile,
+    choose_backend,
+    first_difference,
+)
 from data_prep.cuts import pieces, safe_to_cut
 from data_prep.tokenize import TokenizeSettings, tokenize
 from remit_megatron.data.indexed import open_index
@@ -29,10 +37,10 @@ BLOCK = "def f(x):\n    return 'caf\u00e9 \U0001f600' + str(x) * 12"
 @pytest.mark.parametrize("kind", KINDS)
 def test_choice(kind: str, tokenizer_dirs: dict[str, Path]) -> None:
     file = TokenizerFile.load(tokenizer_dirs[kind])
-    backend, why = choose_backend("auto", file, ["hello"])
-    assert backend == {"youtu": "tokenizers", "nfc": "tokenizers"}.get(kind, "gigatoken")
-    assert {"youtu": "cannot load", "nfc": "differs from tokenizers on"}.get(kind, "equal to tokenizers") in why
-    assert choose_backend("tokenizers", file, []) == ("tokenizers", "asked for")
+    choice = choose_backend("auto", file, ["hello"])
+    assert choice.backend == {"youtu": "tokenizers", "nfc": "tokenizers"}.get(kind, "gigatoken")
+    assert {"youtu": "cannot load", "nfc": "differs from tokenizers on"}.get(kind, "equal to tokenizers") in choice.why
+    assert choose_backend("tokenizers", file, []) == Choice("tokenizers", "asked for")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "olmo2", "smollm3", "sentencepiece"])
@@ -66,9 +74,9 @@ def test_mismatch_in_the_sample_is_refused(tokenizer_dirs: dict[str, Path], monk
     assert first_difference(file, [*TEXTS, "a zebra"]) is None
     monkeypatch.setattr(backends, "Gigatoken", lambda file: Wrong(right(file)))
     assert first_difference(file, ["a zebra"]) is not None
-    backend, why = choose_backend("auto", file, ["zebra crossing"] * 3)
-    assert backend == "tokenizers"
-    assert "differs from tokenizers on 'zebra crossing' at token 0" in why
+    choice = choose_backend("auto", file, ["zebra crossing"] * 3)
+    assert choice.backend == "tokenizers"
+    assert "differs from tokenizers on 'zebra crossing' at token 0" in choice.why
 
 
 @pytest.mark.parametrize("every", [1, 7])
@@ -256,7 +264,7 @@ def test_whole_documents_have_a_lower_limit(
     manifest = tokenize(settings)
     assert (manifest.num_documents, manifest.provenance["bad"]) == (1, 1)
     said = capsys.readouterr().err
-    assert "1 pieces: gigatoken cannot load" in said
+    assert "3 pieces: gigatoken cannot load" in said
     assert "documents above 2 MiB are put aside, because it takes them whole: --max-document-mib" in said
     assert "longer than 2,097,152 bytes" in (tmp_path / "data.bad.jsonl").read_text()
     whole = tokenize(dataclasses.replace(settings, max_document_mib=3, overwrite=True))
@@ -269,3 +277,55 @@ def test_workers_do_without_torch() -> None:
     code = "import sys, data_prep.cli, data_prep.worker, data_prep.tokenize; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_cache_of_words_is_bounded(tokenizer_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """gigatoken keeps every word it has seen; it begins anew, with the same ids, when that has taken enough memory."""
+    monkeypatch.setattr(backends, "CACHE_BYTES", 8 << 20)
+    monkeypatch.setattr(backends, "LOOK_BYTES", 1 << 18)
+    file = TokenizerFile.load(tokenizer_dirs["olmo2"])
+    bounded, whole, begins = Gigatoken(file), Gigatoken(file), []
+    begin = bounded._begin
+    monkeypatch.setattr(bounded, "_begin", lambda: (begins.append(1), begin()))
+    monkeypatch.setattr(whole, "_bound_cache", lambda texts: None)
+    generator = random.Random(0)
+    texts = [" ".join("".join(generator.choices("abcdefgh", k=9)) for _ in range(200)) for _ in range(1500)]
+    ids = [bounded.encode(texts[start : start + 50])[0] for start in range(0, len(texts), 50)]
+    assert begins
+    assert np.array_equal(np.concatenate(ids), whole.encode(texts)[0])
+
+
+def with_spaces_before_rare_characters(folder: Path, output: Path) -> Path:
+    """The tokenizer with a merge of a space and the first byte of four, as large vocabularies have it."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    byte = "\u00f0"  # as ByteLevel writes F0
+    content["model"]["vocab"]["\u0120" + byte] = max(content["model"]["vocab"].values()) + 1
+    content["model"]["merges"].append(["\u0120", byte])
+    output.mkdir()
+    (output / "tokenizer.json").write_text(json.dumps(content))
+    return output
+
+
+def test_characters_on_which_the_libraries_differ(
+    tmp_path: Path, tokenizer_dirs: dict[str, Path], write_jsonl: Callable[..., Path]
+) -> None:
+    """Digits that only a newer Unicode knows, after a space: their documents get the ids of `tokenizers`."""
+    folder = with_spaces_before_rare_characters(tokenizer_dirs["olmo2"], tmp_path / "tokenizer")
+    file = TokenizerFile.load(folder)
+    choice = choose_backend("auto", file, ["hello"])
+    if not choice.exact:
+        pytest.skip("these versions of gigatoken and tokenizers know the same Unicode")
+    assert choice.backend == "gigatoken"
+    assert len(choice.exact) < 1000
+    texts = ["plain words", *(f"a {c} b" for c in choice.exact), "caf\u00e9", *(f"1 {c}{c}" for c in choice.exact)]
+    fast, right = Gigatoken(file), HuggingFace(file)
+    assert not np.array_equal(fast.encode(texts)[0], right.encode(texts)[0]), "they differ, or nothing is shown"
+    path = write_jsonl(tmp_path / "in.jsonl", texts)
+    manifest = tokenize(
+        TokenizeSettings(inputs=[str(path)], tokenizer=str(folder), output=str(tmp_path / "data"), workers=1)
+    )
+    assert manifest.provenance["backend"].startswith("gigatoken")
+    assert np.array_equal(open_index(tmp_path / "data").tokens, right.encode(texts)[0])
+    holds = backends.holder(choice.exact)
+    for text in (*texts, "", "plain"):
+        assert holds(text) == holds(text.encode()) == any(c in text for c in choice.exact)

@@ -1,6 +1,7 @@
 """Files as they are found in the wild: read as meant, or refused by name."""
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -69,7 +70,7 @@ def test_json_files_that_are_no_lines(tmp_path: Path, texts_of: Callable[..., li
 
 def test_large_json_array_is_refused(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
     with open(tmp_path / "a.json", "wb") as file:
-        file.write(b"[")
+        file.write(b"[" + b" " * 5000)
         file.truncate((64 << 20) + 1)
     with pytest.raises(UserError, match=r"one JSON value of 64 MiB.*jq -c '\.\[\]'"):
         texts_of(tmp_path / "a.json")
@@ -80,7 +81,8 @@ def test_names_and_empty_files(tmp_path: Path, texts_of: Callable[..., list[str]
     folder = tmp_path / "\u6587 \u00fcml"
     for name, content in {
         "a/x.jsonl": lines(["1"]), "b/c/x.jsonl": lines(["2"])[:-1], "b/x.JSONL": lines(["3"]), "b/empty.jsonl": b"",
-        "b/empty.jsonl.gz": b"", "b/empty.jsonl.zst": b"", "c[1]/*.txt": b"4", "c[1]/z.txt": b"",
+        "b/empty.jsonl.gz": gzip.compress(b""), "b/empty.jsonl.zst": zstandard.compress(b""), "c[1]/*.txt": b"4",
+        "c[1]/z.txt": b"",
     }.items():  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -154,6 +156,58 @@ def test_parquet_refusals(tmp_path: Path, texts_of: Callable[..., list[str]]) ->
         texts_of(path)
 
 
+def test_parquet_page_checksums(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    """Written, and so looked at: a flipped bit in a page is no other text."""
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"document number {n} of some length" for n in range(50)]})
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    assert len(texts_of(path)) == 50
+    whole = path.read_bytes()
+    where = whole.index(b"number 30") + 7
+    path.write_bytes(whole[:where] + bytes([whole[where] ^ 1]) + whole[where + 1 :])
+    with pytest.raises(UserError, match=r"a.parquet: row group 0 is damaged \(.*CRC"):
+        texts_of(path)
+
+
+def test_two_columns_of_one_name(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: 2 columns are called 'text': rename all but one"):
+        texts_of(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "zstd"])
+def test_damaged_archives(ending: str, tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
+    """Of 0 bytes, or with a flipped bit of its content: one line that names it, and no work folder without tokens."""
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="an archive of 0 bytes"):
+        texts_of(path)
+    content = lines([f"text {n}" for n in range(200)])
+    whole = (
+        gzip.compress(content) if ending == "gz" else zstandard.ZstdCompressor(write_checksum=True).compress(content)
+    )
+    for place in range(12, len(whole), len(whole) // 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"a.jsonl.\w+: damaged or cut short"):
+            texts_of(path)
+        assert list((tmp_path / "output").iterdir()) == []
+    path.write_bytes(whole)
+    assert len(texts_of(path)) == 200
+
+
+def test_names_of_outputs(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> None:
+    """The longest that every file of a dataset can have, and one more, before anything is read."""
+    (tmp_path / "a.jsonl").write_bytes(lines(["x"]))
+    settings = TokenizeSettings(
+        inputs=[str(tmp_path / "a.jsonl")], tokenizer=str(tokenizer_dirs["olmo2"]), output=str(tmp_path / ("o" * 241)),
+        workers=1,
+    )  # fmt: skip
+    assert tokenize(settings).num_documents == 1
+    with pytest.raises(UserError, match="a name of 242 bytes; 241 are possible"):
+        tokenize(dataclasses.replace(settings, output=settings.output + "o"))
+
+
 def test_saved_dataset_without_rows_or_text(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
     import datasets
 
@@ -174,7 +228,7 @@ def test_saved_dataset_without_rows_or_text(tmp_path: Path, texts_of: Callable[.
 
 
 def test_nothing_usable_says_why(tmp_path: Path, texts_of: Callable[..., list[str]]) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines(["x"]).decode().encode("utf-16"))
+    (tmp_path / "a.jsonl").write_text("text,label\nx,1\n")
     with pytest.raises(UserError, match=r"no token to write: .* for example at byte 0: no valid JSON"):
         texts_of(tmp_path / "a.jsonl")
 
@@ -225,7 +279,11 @@ def test_manifest_says_what_was_made_of_what(tmp_path: Path, tokenizer_dirs: dic
                     "first_last_mib_sha256": sha256(source + source),
                 }
             ],
+            "left_out": {},
             "text_key": "text",
+            "max_document_mib": None,
+            "piece_bytes": None,
+            "files_read": 1,
             "backend": f"gigatoken {version('gigatoken')}",
             "shard": None,
             "empty": 1,
@@ -248,7 +306,7 @@ def test_eod_token_of_the_tokenizer(name: str, tmp_path: Path, tokenizer_dirs: d
         assert tokenize(settings).eod_id == 0
     for text, message in (
         ("{}", r"eos_token is missing; name the EOD token with --eod-token \(added tokens: <.endoftext.>\)"),
-        ("[]", f"{name}: no valid JSON object"),
+        ("[]", f"{name}: is no JSON object"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=message):

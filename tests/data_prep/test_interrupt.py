@@ -22,6 +22,7 @@ from data_prep.inputs import expand_inputs, plan_tasks
 from data_prep.inspect import verify
 from data_prep.parts import read_footer
 from data_prep.tokenize import TokenizeSettings, tokenize
+from data_prep.work import claimed
 from data_prep.worker import Encoder, Job, Progress, run_task
 from remit_megatron.errors import RunError, UserError
 from tests.data_prep.conftest import our_files
@@ -208,14 +209,10 @@ def test_file_size_limit(tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str,
 
 
 def test_second_run_is_refused(tmp_path: Path, corpus: Path, tokenizer_dirs: dict[str, Path]) -> None:
-    import fcntl
-
     what = settings(corpus, tokenizer_dirs["olmo2"], tmp_path / "data")
-    (tmp_path / "data.parts").mkdir()
-    with open(tmp_path / "data.parts" / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run works on it"):
-            tokenize(what)
+    with claimed(what.output), pytest.raises(UserError, match="another run works on it"):
+        tokenize(what)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_worker_is_reported(
@@ -288,7 +285,7 @@ def test_task_goes_on_after_its_last_part(
     """A worker that finds some of a task's parts writes the others only, byte for byte those of one go."""
     file = TokenizerFile.load(tokenizer_dirs["olmo2"])
     job = Job(tmp_path, file, "gigatoken", file.vocab_size, 0, "text", 1 << 20, 100, part_bytes=1)
-    task = plan_tasks(expand_inputs([str(corpus / name)]), 1 << 30, "text")[0]
+    task = plan_tasks(expand_inputs([str(corpus / name)]).inputs, 1 << 30, "text")[0]
     seen: list[Progress] = []
 
     def go() -> dict[str, bytes]:

@@ -181,13 +181,14 @@ def test_folders_globs_and_order(tmp_path: Path, tokenizer_dirs: dict[str, Path]
     (tmp_path / "in" / "a.jsonl").write_bytes(b"".join(lines[:100]))
     compressed(tmp_path / "in" / "b.jsonl.gz", b"".join(lines[100:200]), "gz")
     (tmp_path / "in" / "deep" / "c.jsonl").write_bytes(b"".join(lines[200:]))
-    (tmp_path / "in" / "readme.rst").write_text("not data")
     run(tmp_path / "in", tokenizer_dirs["olmo2"], tmp_path / "folder")
+    (tmp_path / "in" / "readme.rst").write_text("not data")
     run(tmp_path / "in" / "**" / "*.jsonl*", tokenizer_dirs["olmo2"], tmp_path / "glob")
     assert our_files(tmp_path / "folder") == our_files(tmp_path / "glob") == our_files(plain[1])
+    twice = [tmp_path / "in", tmp_path / "in" / "a.jsonl"]
     with pytest.raises(UserError, match="named twice"):
-        run([tmp_path / "in", tmp_path / "in" / "a.jsonl"], tokenizer_dirs["olmo2"], tmp_path / "twice")
-    for name, message in (("*.none", "no such file"), ("readme.rst", "unknown ending")):
+        run(twice, tokenizer_dirs["olmo2"], tmp_path / "twice", skip_unknown=True)
+    for name, message in (("*.none", "no such file"), ("readme.rst", "of an ending that is not read")):
         with pytest.raises(UserError, match=message):
             run(tmp_path / "in" / name, tokenizer_dirs["olmo2"], tmp_path / "other")
 
@@ -293,8 +294,9 @@ def test_refusals(tmp_path: Path, tokenizer_dirs: dict[str, Path], plain: tuple[
     for change, message in cases:
         with pytest.raises(UserError, match=message):
             run(**({"inputs": plain[0], "folder": folder, "output": tmp_path / "data"} | change))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="exists already"):
-        run(plain[0], folder, plain[1])
+    for change in (dict(append_eod=False), dict(text_key="id"), dict(vocab_size=5000), dict(max_document_mib=1)):
+        with pytest.raises(UserError, match="exists already"):
+            run(plain[0], folder, plain[1], **change)
 
 
 def test_overwrite_and_changed_plan(

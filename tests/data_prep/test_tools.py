@@ -14,6 +14,7 @@ from data_prep.merge import merge
 from data_prep.mix import build_indices, mix, table
 from data_prep.select import difference_sampling, select
 from data_prep.tokenize import TokenizeSettings, tokenize
+from data_prep.work import claimed
 from data_prep.writer import DatasetWriter, write_dataset
 from remit_megatron.cli import main
 from remit_megatron.config import Recipe, parse_recipe
@@ -64,7 +65,11 @@ def test_merge_refuses_other_kinds(settings: dict[str, object], message: str, tm
 
 def test_merge_refuses_damage_and_names(tmp_path: Path) -> None:
     prefix, other = make(tmp_path / "a", 0), make(tmp_path / "b", 1)
-    for output, message in ((prefix, "exists already"), (str(tmp_path / "c"), "")):
+    for output, message in (
+        (prefix, "is a dataset that is read"),
+        (other, "is a dataset that is read"),
+        (str(tmp_path / "c"), ""),
+    ):
         if message:
             with pytest.raises(UserError, match=message):
                 merge([prefix, other], output)
@@ -257,9 +262,10 @@ def test_select_by_tokens(tmp_path: Path) -> None:
 def test_select_with_empty_documents(tmp_path: Path) -> None:
     """They have no score, and do not take a neighbour's; wherever they stand, the last place too."""
     tokens, lengths = np.arange(9), np.array([0, 3, 0, 4, 2, 0])
-    writer = DatasetWriter(str(tmp_path / "a"), vocab_size=20)
-    writer.append(tokens, lengths)
-    writer.commit()
+    with claimed(str(tmp_path / "a")) as work:
+        writer = DatasetWriter(str(tmp_path / "a"), work, vocab_size=20)
+        writer.append(tokens, lengths)
+        writer.commit()
     small = save_scores(tmp_path / "s.npy", np.array([1.0, 1, 1, 9, 9, 9, 9, 5, 5]))
     large = save_scores(tmp_path / "l.npy", np.zeros(9))
     select(str(tmp_path / "a"), large=large, small=small, keep=0.35, output=str(tmp_path / "t"))

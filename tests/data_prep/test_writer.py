@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import writer
+from data_prep.work import claimed
 from data_prep.writer import BlockHasher, DatasetWriter, write_dataset
 from remit_megatron.data.manifest import Manifest, quick_verify
 from remit_megatron.errors import UserError
@@ -96,9 +97,10 @@ def test_block_hashes_do_not_depend_on_pieces() -> None:
 
 
 def test_writer_appends_arrays(tmp_path: Path) -> None:
-    ours = DatasetWriter(tmp_path / "a", vocab_size=70000)
-    ours.append(np.array([1, 2, 3], dtype=np.uint32), np.array([1, 2]))
-    ours.append(np.array([69999], dtype=np.uint32), np.array([1]))
-    ours.commit()
+    with claimed(str(tmp_path / "a")) as work:
+        ours = DatasetWriter(tmp_path / "a", work, vocab_size=70000)
+        ours.append(np.array([1, 2, 3], dtype=np.uint32), np.array([1, 2]))
+        ours.append(np.array([69999], dtype=np.uint32), np.array([1]))
+        ours.commit()
     expected = [np.array([1]), np.array([2, 3]), np.array([69999])]
     assert our_files(tmp_path / "a") == megatron_files(tmp_path / "b", expected, 70000)

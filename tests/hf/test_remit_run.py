@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from remit_megatron.check import check_recipe
 from remit_megatron.config import parse_recipe
+from remit_megatron.data.deal import Deal
 from remit_megatron.errors import UserError
-from remit_megatron.train.check import check_recipe
-from remit_megatron.train.models import make_plan
+from remit_megatron.run.build_plan import make_build_plan
 from tests.hf import tiny
 from tests.ranks import run_ranks
 from tests.train import runs
@@ -68,15 +69,15 @@ def train(rank: int, folder: str) -> dict[str, list[dict[str, torch.Tensor]]]:
     from remit_megatron.mcore import datasets
     from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
-    from remit_megatron.train.loop import Trainer
-    from remit_megatron.train.runtime import Process, StopSignals
+    from remit_megatron.run.process import Process, StopSignals
+    from remit_megatron.train.loop import start
 
     activate("cpu")
     size = dist.get_world_size()
     process = Process(rank=rank, world_size=size, local_rank=rank, local_world_size=size, device=torch.device("cpu"))
     samples = {}
     for name in PAIRS:
-        trainer = Trainer(parse_recipe(recipe(Path(folder), name)), process)
+        trainer = start(parse_recipe(recipe(Path(folder), name)), process)
         samples[name] = [_join(datasets, trainer, step) for step in range(STEPS)]
         trainer.run(StopSignals())
         trainer.close()
@@ -85,8 +86,11 @@ def train(rank: int, folder: str) -> dict[str, list[dict[str, torch.Tensor]]]:
 
 
 def _join(datasets: Any, trainer: Any, step: int) -> dict[str, torch.Tensor]:
-    batches = datasets.microbatches(trainer.data, step * runs.SAMPLES, trainer.num_microbatches, 2, 0, 1)
-    return {key: torch.cat([b[key] for b in batches]) for key in ("tokens", "labels", "loss_mask")}
+    parts = trainer.parts
+    batches = datasets.microbatches(
+        parts.ready.data, step * runs.SAMPLES, parts.num_microbatches, Deal(microbatch_samples=2)
+    )
+    return {key: torch.cat([getattr(b, key) for b in batches]) for key in ("tokens", "labels", "loss_mask")}
 
 
 def plain_loop(student: Any, reference: Any, samples: list[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
@@ -182,7 +186,7 @@ def test_a_reference_is_known_by_its_weights(root: Path, tmp_path: Path) -> None
     identities = []
     for path in (folder, tmp_path / "copy", tmp_path / "rounded"):
         settings["reference"]["path"] = str(path)
-        identities.append(make_plan(parse_recipe(settings), "cpu").reference_identity)
+        identities.append(make_build_plan(parse_recipe(settings), "cpu").reference_identity)
     assert identities[0] == identities[1] != identities[2]
 
 

@@ -86,7 +86,7 @@ def test_the_smoke_runs_in_an_image_made_here(tmp_path: Path) -> None:
     {"buildah": base_of_buildah, "podman": base_of_podman}[ENGINE](store / "rootfs", store, base)
     arguments = ["--pull=never", f"--build-arg=CPU_BASE_IMAGE={base}", *pip_mounts()]
     said = run(
-        ["launch/container_smoke.sh", "python", "-m", "launch.smoke", "--quick", "--out", "/tmp/smoke"],
+        ["examples/smoke/container.sh", "python", "-m", "examples.smoke", "--quick", "--out", "/tmp/smoke"],
         ENGINE=ENGINE,
         BUILD_ARGS=" ".join(arguments),
         BUILDAH_STORE=str(store),

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.environment import RULES, Facts, chosen, contradictions
-from launch.rank import torch_variables
+from launch.place import torch_variables
 from remit_megatron.config import Parallel
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"

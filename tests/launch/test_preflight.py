@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
-from launch import preflight
-from launch.preflight import BadNodes, Place, _blame, check_room, checkpoint_bytes, node_problems
+from launch.preflight import check, node, together
+from launch.preflight.meeting import BadNodes, Place
+from launch.preflight.node import node_problems
+from launch.preflight.room import check_room, checkpoint_bytes
+from launch.preflight.together import blame
 from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.errors import RunError
 from tests.train.runs import settings
@@ -30,7 +33,7 @@ def break_rank(fault: str, run: Path) -> Path:
         right = time.time
         time.time = lambda: right() - 60
     if fault == "disk":
-        preflight.NODE_FREE_BYTES = 1 << 60
+        node.NODE_FREE_BYTES = 1 << 60
     if fault == "folder":
         other = run.with_name("other")
         (other / "logs").mkdir(parents=True)
@@ -39,9 +42,9 @@ def break_rank(fault: str, run: Path) -> Path:
     if fault == "absent":
         os._exit(9)
     if fault.startswith("wedged"):
-        preflight.shutil.disk_usage = lambda _: signal.pause()
+        node.shutil.disk_usage = lambda _: signal.pause()
     if fault == "stuck":
-        preflight.dist.init_process_group = lambda *_, **__: signal.pause()
+        together.dist.init_process_group = lambda *_, **__: signal.pause()
     return run
 
 
@@ -57,7 +60,7 @@ def one_rank(rank: int, fault: str, folder: Path) -> None:
     os.environ |= {"REMIT_NODES": "alpha,beta", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     limit_s = str(LIMIT_S) if fault in ("absent", "wedged", "wedged first", "stuck") else "60"
     arguments = [str(folder / "recipe.toml"), "--run", str(ours), "--report", str(folder / "bad")]
-    preflight.main([*arguments, "--timeout-s", limit_s])
+    check.main([*arguments, "--timeout-s", limit_s])
 
 
 def all_faults(folder: str) -> None:
@@ -163,16 +166,18 @@ def test_a_bad_node_is_named(fault: str, says: str, outcomes: Any) -> None:
     assert report == "beta"
 
 
-@pytest.mark.parametrize(("fault", "rank", "node"), [("wedged", 1, "beta"), ("wedged first", 0, "alpha")])
+@pytest.mark.parametrize(("fault", "rank", "name"), [("wedged", 1, "beta"), ("wedged first", 0, "alpha")])
 def test_a_check_that_hangs_does_not_hang_the_preflight(
-    fault: str, rank: int, node: str, outcomes: Any, folder: Path
+    fault: str, rank: int, name: str, outcomes: Any, folder: Path
 ) -> None:
     """As a look at a dead network filesystem does: its node is named, and both ranks end, in about the time allowed."""
     codes, said, report = outcomes(fault)
     assert codes == [87, 87]
-    assert said == f"remit: preflight: {node}: rank {rank}'s checks do not end within {LIMIT_S} s\n"
-    assert report == node
-    assert LIMIT_S <= json.loads((folder / "took.json").read_text())[fault] < 2 * LIMIT_S + 4
+    assert said == f"remit: preflight: {name}: rank {rank}'s checks do not end within {LIMIT_S} s\n"
+    assert report == name
+    took_s = json.loads((folder / "took.json").read_text())
+    # The rest of it goes at the machine's own pace, as where nothing hangs.
+    assert LIMIT_S <= took_s[fault] < 2 * LIMIT_S + 4 + took_s["none"]
 
 
 def test_a_collective_that_hangs_does_not_hang_the_preflight(outcomes: Any) -> None:
@@ -227,17 +232,17 @@ def test_who_is_to_blame() -> None:
     place = Place(rank=0, world_size=6, ranks_per_node=2, local_rank=0, nodes=("a", "b", "c"))
     everyone = set(range(6))
 
-    def blame(node: set[int], all_: set[int]) -> dict[str, str]:
-        return _blame(place, lambda step: {"node": node, "all": all_}[step], [], time.monotonic())
+    def blamed(node: set[int], all_: set[int]) -> dict[str, str]:
+        return blame(place, lambda step: {"node": node, "all": all_}[step], [], time.monotonic())
 
-    assert blame(everyone, everyone) == {}
-    assert list(blame(everyone - {2, 3}, set())) == ["b"]
-    assert list(blame(everyone, everyone - {4})) == ["c"]
-    unknown = BadNodes(blame(everyone, set()))
+    assert blamed(everyone, everyone) == {}
+    assert list(blamed(everyone - {2, 3}, set())) == ["b"]
+    assert list(blamed(everyone, everyone - {4})) == ["c"]
+    unknown = BadNodes(blamed(everyone, set()))
     assert unknown.names == []
     assert "on a, b, c" in str(unknown)
 
 
 def test_a_node_with_fewer_devices_than_ranks() -> None:
     place = Place(rank=1, world_size=2, ranks_per_node=2, local_rank=1, nodes=("a",))
-    assert node_problems(None, place) == [f"{preflight.torch.cuda.device_count()} CUDA devices for 2 ranks"]
+    assert node_problems(None, place) == [f"{node.torch.cuda.device_count()} CUDA devices for 2 ranks"]

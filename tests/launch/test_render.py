@@ -1,24 +1,39 @@
 """Job scripts: what is filled in arrives as it was given, and the rest is the template's."""
 
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch.profiles import Profile, load_profile
-from launch.render import TEMPLATES, header, render, settings, tasks_per_node
-from launch.status import end_of, read_events, report
-from launch.submit import kept
+from launch.backends import open_backend
+from launch.backends.base import Launch
+from launch.backends.slurm.queue import kept
+from launch.backends.slurm.script import TEMPLATES, check_paths, header, render, tasks_per_node, values
+from launch.backends.slurm.settings import SlurmSettings
+from launch.profiles import Profile
+from launch.record import end_of, read_events
+from launch.status import report
+from remit_megatron.config import parse_recipe
 from remit_megatron.errors import UserError
+from tests.train.runs import settings
 
 SCRIPTS = [*sorted(TEMPLATES.glob("*.sbatch")), TEMPLATES / "chain.sh"]
 NASTY = '/data/it\'s 100% "mine" $(touch /oops) `x` \\n;'
 
 
-def script_of(profile: Profile, run: Path, workdir: Path, nodes: int = 2, nproc: int | None = None) -> str:
-    options = header(profile, run, run.name, nodes, tasks_per_node(profile, nproc), workdir)
-    return render("train.sbatch", options, settings(profile, run, "/venv/bin/python", workdir), profile.modules)
+def launch_of(run: Path, workdir: Path, **more: Any) -> Launch:
+    recipe = parse_recipe(settings(run.parent, "run"))
+    return Launch(recipe=recipe, run=run, workdir=workdir, **more)
+
+
+def script_of(profile: Profile, slurm: SlurmSettings, run: Path, workdir: Path, nproc: int | None = None) -> str:
+    launch = launch_of(run, workdir, nodes=2, nproc=nproc)
+    options = header(profile, slurm, launch, tasks_per_node(profile, slurm, nproc))
+    return render("train.sbatch", options, values(profile, slurm, launch, "/venv/bin/python"), slurm.modules)
 
 
 def options_of(script: str) -> list[str]:
@@ -26,8 +41,9 @@ def options_of(script: str) -> list[str]:
 
 
 def test_options() -> None:
-    profile = load_profile("gpu").model_copy(update={"sbatch": ("--constraint=h100",), "memory": "0", "qos": "high"})
-    assert options_of(script_of(profile, Path("/shared/runs/first"), Path("/home/me"))) == [
+    shipped = open_backend("slurm:gpu")
+    slurm = shipped.settings.model_copy(update={"sbatch": ("--constraint=h100",), "memory": "0", "qos": "high"})
+    assert options_of(script_of(shipped.profile, slurm, Path("/shared/runs/first"), Path("/home/me"))) == [
         "--job-name=remit-first",
         "--nodes=2",
         "--ntasks-per-node=8",
@@ -50,7 +66,7 @@ def test_options() -> None:
 
 def test_the_rest_is_the_template() -> None:
     """Nobody who has read slurm/train.sbatch finds another program in the run folder."""
-    script = script_of(Profile(gpus_per_node=8), Path("/runs/a"), Path("/home"))
+    script = script_of(Profile(gpus_per_node=8), SlurmSettings(), Path("/runs/a"), Path("/home"))
     template = (TEMPLATES / "train.sbatch").read_text()
     bare = [line for line in template.splitlines() if not line.startswith("#SBATCH ")]
     lines = script.splitlines()
@@ -67,8 +83,8 @@ def test_values_arrive_as_they_are(tmp_path: Path) -> None:
             "environment": {"pass": ["HF_TOKEN"], "set": {"MINE": NASTY}},
         }
     )
-    values = settings(profile, Path(NASTY), "/venv/bin/python", Path("/job dir"))
-    script = render("train.sbatch", ["--nodes=2"], values)
+    launch = launch_of(Path(NASTY), Path("/job dir"))
+    script = render("train.sbatch", ["--nodes=2"], values(profile, SlurmSettings(), launch, "/venv/bin/python"))
     exports = "".join(f"{line}\n" for line in script.splitlines() if line.startswith("export ") and "=" in line)
     result = subprocess.run(
         ["bash", "-c", exports + "env -0"], capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}
@@ -85,22 +101,22 @@ def test_values_arrive_as_they_are(tmp_path: Path) -> None:
 def test_a_path_that_sbatch_cannot_read(name: str) -> None:
     for run, workdir in ((Path("/runs") / name, Path("/home")), (Path("/runs/a"), Path("/home") / name)):
         with pytest.raises(UserError, match="sbatch reads no path with a double quote or a backslash"):
-            header(Profile(), run, "a", 1, 1, workdir)
+            check_paths(run, workdir)
 
 
 @pytest.mark.parametrize(
-    ("profile", "nproc", "tasks"),
-    [(Profile(gpus_per_node=8), None, 8), (Profile(gpus_per_node=8, tasks_per_node=1), None, 1), (Profile(), 3, 3)],
+    ("gpus", "slurm", "nproc", "tasks"),
+    [(8, SlurmSettings(), None, 8), (8, SlurmSettings(tasks_per_node=1), None, 1), (0, SlurmSettings(), 3, 3)],
 )
-def test_ranks_a_node(profile: Profile, nproc: int | None, tasks: int) -> None:
-    assert tasks_per_node(profile, nproc) == tasks
+def test_ranks_a_node(gpus: int, slurm: SlurmSettings, nproc: int | None, tasks: int) -> None:
+    assert tasks_per_node(Profile(gpus_per_node=gpus), slurm, nproc) == tasks
 
 
 def test_ranks_a_node_must_be_said_once() -> None:
     with pytest.raises(UserError, match="--nproc is missing"):
-        tasks_per_node(Profile(), None)
+        tasks_per_node(Profile(), SlurmSettings(), None)
     with pytest.raises(UserError, match="the profile has 8 ranks a node"):
-        tasks_per_node(Profile(gpus_per_node=8), 4)
+        tasks_per_node(Profile(gpus_per_node=8), SlurmSettings(), 4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -113,16 +129,17 @@ def test_scripts_are_sound(script: Path) -> None:
 
 def test_arguments_of_train(tmp_path: Path) -> None:
     """`remit launch --fallback`: the template hands them to `remit train` as words."""
-    values = settings(Profile(), tmp_path, "/venv/bin/python", tmp_path, ["--fallback"])
-    script = render("train.sbatch", ["--nodes=2"], values)
+    plain = values(Profile(), SlurmSettings(), launch_of(tmp_path / "run", tmp_path), "/venv/bin/python")
+    launch = launch_of(tmp_path / "run", tmp_path, arguments=("--fallback",))
+    script = render("train.sbatch", ["--nodes=2"], values(Profile(), SlurmSettings(), launch, "/venv/bin/python"))
     assert "export REMIT_ARGS=--fallback\n" in script
-    assert "REMIT_ARGS" not in settings(Profile(), tmp_path, "/venv/bin/python", tmp_path)
+    assert "REMIT_ARGS" not in plain
 
 
 def module_lines(folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """What the script of a profile with two modules does for them, in a shell with these variables."""
-    profile = Profile(modules=("cuda/12.4", "it's"))
-    lines = script_of(profile, Path("/runs/a"), Path("/home"), nproc=1).splitlines()
+    slurm = SlurmSettings(modules=("cuda/12.4", "it's"))
+    lines = script_of(Profile(), slurm, Path("/runs/a"), Path("/home"), nproc=1).splitlines()
     last = max(n for n, line in enumerate(lines) if line.startswith("export REMIT_FRUITLESS_RESTARTS="))
     own = lines[last + 1 : next(n for n, line in enumerate(lines) if line.startswith("set -u"))]
     environment = {"PATH": "/usr/bin:/bin", "MODULESHOME": str(folder), **variables}
@@ -157,7 +174,9 @@ def test_a_job_does_not_go_on_without_its_modules(variables: dict[str, str], why
     """It ends with 2, and `remit status` tells why; the script does not come as far as asking SLURM for anything."""
     run = tmp_path / "run"
     (run / "logs").mkdir(parents=True)
-    (run / "job.sbatch").write_text(script_of(Profile(modules=("cuda/12.4", "it's")), run, tmp_path, nproc=1))
+    (run / "job.sbatch").write_text(
+        script_of(Profile(), SlurmSettings(modules=("cuda/12.4", "it's")), run, tmp_path, nproc=1)
+    )
     (run / "recipe.toml").touch()
     job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n0"}
     environment = {"PATH": "/usr/bin:/bin", "MODULESHOME": str(tmp_path), **job, **variables}
@@ -201,3 +220,34 @@ def test_half_a_chain_is_taken_back(tmp_path: Path) -> None:
     assert (tmp_path / "cancelled").read_text() == "1 2\n"
     assert len((tmp_path / "calls").read_text().splitlines()) == 3, "and the fourth is not tried"
     assert "--dependency=afterok:2 " in (tmp_path / "calls").read_text()
+
+
+# What srun 22.05 says of ranks of a step, and the code that it then returns; the last: the code of the ranks' own.
+ENDS = {
+    "alone": (["n1: task 1: Exited with exit code 2", "WAITED", "n0: task 0: Killed"], 137, 2),
+    "several": (
+        [
+            *("n0: tasks 0,3: Exited with exit code 1", "n1: task 6: Exited with exit code 75"),
+            *("WAITED", "n0: task 2: Killed", "n1: tasks 5,7: Killed"),
+        ],
+        137,
+        75,
+    ),
+    "crashed for it": (["n0: task 0: Exited with exit code 2", "n1: task 1: Aborted"], 134, 2),
+    "killed first": (["n1: task 1: Killed", "n0: task 0: Exited with exit code 1"], 137, 137),
+    "dumped first": (["n1: task 1: Segmentation fault (core dumped)", "WAITED", "n0: task 0: Killed"], 139, 139),
+    "hang at the end": (["WAITED", "n0: task 0: Killed"], 137, 137),
+    "well": ([], 0, 0),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_the_code_of_ranks_that_ended_by_themselves(case: str, tmp_path: Path) -> None:
+    said, returned, own = ENDS[case]
+    lines = [f"srun: error: {line}" if line != "WAITED" else "srun: First task exited 4s ago" for line in said]
+    (tmp_path / "srun.log").write_text("".join(f"{line}\n" for line in lines))
+    function = re.search(r"^own_code\(\) .*?^}$", (TEMPLATES / "train.sbatch").read_text(), re.DOTALL | re.MULTILINE)
+    assert function is not None
+    script = f"set -u; logs={shlex.quote(str(tmp_path))}\n{function[0]}\nown_code {returned}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == (f"{own}\n", "")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import run_folder
-from launch.docker import docker_command
+from launch.backends.docker import docker_command
 from launch.profiles import Profile
 from remit_megatron.cli import main
 from remit_megatron.config import Recipe, dump_toml, load_recipe, parse_recipe
@@ -66,6 +66,19 @@ def test_code_that_changed_since(recipe: Recipe, tmp_path: Path, monkeypatch: py
     assert json.loads((run / "code.json").read_text())["commit"] == second
     (before,) = run.glob("code.*.json")
     assert json.loads(before.read_text())["commit"] == first
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"launched_unix_s": "now"}', '{"commit": 5}', '{"launched_unix_s": 1e300}']
+)
+def test_a_damaged_code_file_is_written_anew(text: str, recipe: Recipe) -> None:
+    run = Path(recipe.run)
+    run.mkdir(parents=True)
+    (run / "code.json").write_text(text)
+    remark = run_folder.prepare(run, recipe)[0]
+    assert remark.startswith(f"{run}/code.json: is damaged: ")
+    assert remark.endswith("; it is written anew")
+    assert "version" in json.loads((run / "code.json").read_text())
 
 
 def test_a_folder_that_nodes_do_not_share() -> None:
@@ -172,7 +185,19 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.02)
 
 
+def test_a_folder_with_a_colon_is_no_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bin_folder = engine(tmp_path / "bin", "docker")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(dump_toml(parse_recipe(settings(tmp_path, "a:b"))))
+    monkeypatch.setenv("PATH", f"{bin_folder}:/usr/bin:/bin")
+    assert main(["launch", str(recipe), "--on", "docker"]) == 2
+    assert f"{tmp_path}/a:b: a mount reads no path with a colon" in capsys.readouterr().err
+    assert not (tmp_path / "a:b").exists()
+
+
 def test_no_container_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="neither docker nor podman is on this machine"):
-        docker_command(["train"], tmp_path, Profile(), 1)
+        docker_command(["train"], tmp_path, tmp_path, Profile(), 1)

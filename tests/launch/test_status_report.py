@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from launch import status
-from launch.status import end_of, read_events, report
+from launch.record import end_of, read_events
+from launch.status import report
 from remit_megatron.cli import main
 
 NOW = 1_800_000_000.0
@@ -167,6 +168,60 @@ def test_the_exit_code_of_jobs(run: Path) -> None:
     assert end_of(["55"], events) == 3
     assert end_of(["7"], events) is None
     assert end_of(["8"], events) is None
+
+
+def test_skipped_steps_are_counted(run: Path) -> None:
+    write(run)
+    assert "skipped  " not in report(run, NOW)
+    lines = [json.dumps({"step": n, "loss": 1.0, "skipped": int(n in (3, 7))}) for n in range(1, 9)]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '[1, "skipped"]', '{"step": 9, "skipped": 1']))
+    text = report(run, NOW).splitlines()
+    assert "skipped     2 steps, whose gradient norm was not finite, the last of them step 7" in text
+
+
+def test_a_folder_full_of_nonsense_is_a_few_lines(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every file that `remit status` reads is of the wrong kind, in turn: a line each, and never a traceback."""
+    deep = "[" * 100_000 + "]" * 100_000
+    many_digits = "9" * 5_000
+    texts = {
+        "status.json": [
+            *(deep, f'{{"step": {many_digits}}}', '{"loss": NaN}', '{"eta_s": 1e300}', '{"updated_unix_s": -1}'),
+            *('{"state": ["running"]}', '{"state": {}}', '{"restart": "x"}', '{"host": 3}', '{"step": true}'),
+        ],
+        "launch.json": [deep, "[]", '{"backend": 1}', '{"backend": "local"}', '{"jobs": []}', "\0"],
+        "logs/events.tsv": [
+            *(f"{many_digits}\t5.0\tstart\t1\ta", f"17\t5.0\tstart\t{many_digits}\ta", "\u00b2\t5\ta\t1\tb"),
+            *("17\t5.0\tstart\t--5\ta", "\0", "\t\t\t\t"),
+        ],
+        "metrics.jsonl": [f'{deep}"skipped"', f'{{"skipped": {many_digits}}}', '{"skipped": [1]}', '"skipped"', "\0"],
+    }
+    for name, wrong in texts.items():
+        for text in wrong:
+            (run / name).write_text(text)
+            assert main(["status", str(run)]) == 0, (name, text[:40])
+            said = capsys.readouterr()
+            assert said.err == ""
+            assert len(said.out.splitlines()) <= 4, said.out
+            if name.endswith(".json"):
+                assert f"            {run / name}: is damaged: " in said.out, text[:40]
+        (run / name).unlink()
+        (run / name).mkdir()
+        assert main(["status", str(run)]) == 0
+        if name != "metrics.jsonl":
+            assert f"            {run / name}: cannot be read: Is a directory" in capsys.readouterr().out
+        (run / name).rmdir()
+
+
+def test_what_is_told_stays_on_its_line(run: Path) -> None:
+    """Nor does it reach the terminal as anything but text, or without end."""
+    events = [(-9, "5.0", "start", -1, "on n0"), (-8, "5.0", "end", -1, "\x1b[2J" + "x" * 5_000)]
+    write_events(run, events)
+    (run / "status.json").write_text(json.dumps({"state": "failed", "reason": "a\nb\x1b[31m", "started_unix_s": NOW}))
+    text = report(run, NOW)
+    assert "state       failed: a b?[31m" in text.splitlines()
+    (run / "status.json").unlink()
+    assert max(len(line) for line in report(run, NOW).splitlines()) < 700
+    assert "\x1b" not in report(run, NOW)
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,16 @@ import torch.distributed as dist
 
 from remit_megatron.convert.exporter import export_checkpoint
 from remit_megatron.convert.importer import import_folder
+from remit_megatron.data.microbatch import Microbatch
 from remit_megatron.mcore import dist_checkpoint, optim
-from remit_megatron.mcore.attention import zigzag_slice
 from remit_megatron.mcore.groups import Groups, destroy_groups, initialize_groups
+from remit_megatron.mcore.loss_hook import unwrap
 from remit_megatron.mcore.model import build_chunks
+from remit_megatron.mcore.passes import run_schedule
 from remit_megatron.mcore.platform import activate
-from remit_megatron.mcore.step import make_forward_step, run_schedule, unwrap
+from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import NTP
-from remit_megatron.train.checkpoint import read_meta
+from remit_megatron.run.checkpoint import read_meta
 from tests.hf import tiny
 from tests.mcore.harness import BUILD, REFERENCE, Case, Layout, save_initial, train_case
 
@@ -97,7 +99,7 @@ def _one_model(checkpoint: Path, layout: Layout, target: Path | None, groups: Gr
         dist.barrier()
         dist_checkpoint.save(target, chunks, None)
     whole = tiny.batch(shape.vocab_size)
-    batches = [{k: v[i : i + 1] for k, v in whole.items()} for i in range(tiny.SAMPLES)]
+    batches = [Microbatch(**{k: v[i : i + 1] for k, v in whole.items()}) for i in range(tiny.SAMPLES)]
     logits = _logits(chunks, batches, groups)
     held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     gradients = _gradients(chunks, config, layout, batches, groups)
@@ -110,12 +112,12 @@ def _one_model(checkpoint: Path, layout: Layout, target: Path | None, groups: Gr
 def _logits(chunks: list[Any], batches: list[Any], groups: Groups) -> torch.Tensor | None:
     """This context-parallel rank's logits, [SAMPLES, s/cp, padded V]; None where there is no head."""
     seen: list[torch.Tensor] = []
-    size, rank = groups.cp.size(), groups.cp.rank()
+    deal = groups.deal()
 
     def step(iterator: Any, model: Any) -> Any:
-        tokens = next(iterator)["tokens"]
+        tokens = next(iterator).tokens
         positions = torch.arange(tokens.size(1)).expand_as(tokens)
-        out = model(zigzag_slice(tokens, rank, size), zigzag_slice(positions, rank, size), None)
+        out = model(deal.cut(tokens), deal.cut(positions), None)
 
         def keep(output: torch.Tensor) -> Any:
             seen.append(output)

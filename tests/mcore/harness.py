@@ -1,5 +1,6 @@
 """Trains the same global batches in any layout and returns what every token got, for the parity tests."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,18 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Optimizer, Parallel, Schedule
+from remit_megatron.data.microbatch import Microbatch
 from remit_megatron.mcore import dist_checkpoint, optim
 from remit_megatron.mcore.groups import destroy_groups, initialize_groups
+from remit_megatron.mcore.loss_hook import unwrap
 from remit_megatron.mcore.model import Build, build_chunks
+from remit_megatron.mcore.passes import run_schedule
 from remit_megatron.mcore.platform import activate
-from remit_megatron.mcore.step import make_forward_step, run_schedule, unwrap
+from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import TokenStats, build_objective
 from remit_megatron.shape import ModelShape
 from remit_megatron.train.metrics import read, reduce_reports
+from tests.objectives.around import Around
 
 SEQUENCE, SAMPLES, MICROBATCH, STEPS, EOD = 16, 8, 2, 3, 0
 STUDENT = ModelShape(
@@ -54,7 +59,7 @@ class Case:
     document_mask: bool = False
 
 
-def global_batches() -> list[dict[str, torch.Tensor]]:
+def global_batches() -> list[Microbatch]:
     """STEPS global batches [SAMPLES, SEQUENCE] with several documents in a sample and ragged masks."""
     generator = torch.Generator().manual_seed(7)
     batches = []
@@ -66,22 +71,27 @@ def global_batches() -> list[dict[str, torch.Tensor]]:
         tokens = text[:, :-1].contiguous()
         ends = tokens == EOD
         batches.append(
-            {
-                "tokens": tokens,
-                "labels": text[:, 1:].contiguous(),
-                "loss_mask": (torch.rand(SAMPLES, SEQUENCE, generator=generator) < density).float(),
-                "segment_ids": ends.cumsum(1),
-                "documents": ends.cumsum(1) - ends.long(),
-                "sample_id": step * SAMPLES + torch.arange(SAMPLES),
-            }
+            Microbatch(
+                tokens=tokens,
+                labels=text[:, 1:].contiguous(),
+                loss_mask=(torch.rand(SAMPLES, SEQUENCE, generator=generator) < density).float(),
+                segment_ids=ends.cumsum(1),
+                documents=ends.cumsum(1) - ends.long(),
+                sample_id=step * SAMPLES + torch.arange(SAMPLES),
+            )
         )
     return batches
 
 
-def local_microbatches(batch: dict[str, torch.Tensor], rank: int, size: int, documents: bool) -> list[Any]:
-    parts = {key: value.split(MICROBATCH) for key, value in batch.items() if documents or key != "documents"}
-    count = len(parts["tokens"])
-    return [{key: value[i] for key, value in parts.items()} for i in range(rank, count, size)]
+def local_microbatches(batch: Microbatch, rank: int, size: int, documents: bool) -> list[Microbatch]:
+    """The rank's turns of MICROBATCH samples each."""
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    parts = {key: value.split(MICROBATCH) for key, value in fields.items() if value is not None}
+    if not documents:
+        del parts["documents"]
+    return [
+        Microbatch(**{key: value[i] for key, value in parts.items()}) for i in range(rank, len(parts["tokens"]), size)
+    ]
 
 
 def randomise(chunks: list[Any]) -> None:
@@ -104,17 +114,11 @@ def save_initial(folder: Path, shapes: dict[str, ModelShape]) -> None:
     destroy_groups()
 
 
-class Recorder:
+class Recorder(Around):
     """An objective that also keeps what it saw, nll and ref_nll, and the weights it used, a microbatch each."""
 
-    def __init__(self, objective: Any):
-        self.objective = objective
-        self.needs_reference = objective.needs_reference
-        self.name = objective.name
-        self.global_share = getattr(objective, "global_share", None)
-        self.needs_reference_hidden = getattr(objective, "needs_reference_hidden", False)
-        self.temperature = getattr(objective, "temperature", None)
-        self.top_k = getattr(objective, "top_k", 0)
+    def __init__(self, inner: Any):
+        super().__init__(inner)
         self.seen: list[dict[str, torch.Tensor]] = []
 
     def __call__(self, stats: TokenStats) -> Any:
@@ -123,7 +127,7 @@ class Recorder:
             record["ref_nll"] = stats.ref_nll
         if stats.kl is not None:
             record["kl"] = stats.kl.detach().clone()
-        result = self.objective(stats)
+        result = self.inner(stats)
         if stats.ref_nll is not None:
             record["weight"] = gradient_at(result.loss_sum, stats.nll)
         self.seen.append(record)
@@ -158,9 +162,7 @@ def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
         batches = local_microbatches(batch, groups.dp.rank(), groups.dp.size(), case.document_mask)
         objective.seen.clear()
         optim.zero_grads(chunks, optimizer)
-        if objective.needs_reference:
-            step.score(batches)
-        step.select(batches, chunks)
+        batches = step.selected(step.scored(batches), chunks)
         reports = run_schedule(step, batches, chunks, forward_only=False)
         ratios, _ = reduce_reports(reports, groups.counts_loss, [], BUILD.device)
         _, grad_norm = optim.optimizer_step(optimizer, settings.clip_grad_norm)
@@ -168,13 +170,18 @@ def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
         steps.append({**read(ratios), "grad_norm": grad_norm})
         if groups.counts_loss:
             tokens += [
-                {"sample_id": b["sample_id"].tolist(), "cp": groups.cp.rank(), **{k: v.numpy() for k, v in r.items()}}
+                {"sample_id": ids_of(b), "cp": groups.cp.rank(), **{k: v.numpy() for k, v in r.items()}}
                 for b, r in zip(batches, objective.seen, strict=True)
             ]
     calls = sum(unwrap(chunk).loss_calls for chunk in chunks)
     dist.barrier()
     destroy_groups()
     return {"steps": steps, "tokens": tokens, "calls": calls, "last": groups.is_last_stage}
+
+
+def ids_of(microbatch: Microbatch) -> list[int]:
+    assert microbatch.sample_id is not None
+    return [int(one) for one in microbatch.sample_id]
 
 
 def assemble(results: list[dict[str, Any]], context: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from remit_megatron.config import Parallel, parse_recipe
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.mcore.graph import TOLERANCE_NATS, Replayed, check_graph
+from remit_megatron.fit import check_graph
+from remit_megatron.mcore.graph import TOLERANCE_NATS, Replayed
 from remit_megatron.mcore.platform import activate
 from remit_megatron.objectives import Remit
 from tests.mcore.harness import (
@@ -126,6 +127,7 @@ def test_round_off_passes_and_nan_does_not(shift: float, fine: bool) -> None:
 def scored(rank: int) -> dict[str, Any]:
     """Scores of one reference by replay and without, and how often its pass was captured."""
     activate("cpu")
+    from remit_megatron.mcore import passes
     from remit_megatron.mcore.groups import destroy_groups, initialize_groups
     from remit_megatron.mcore.model import build_chunks
     from remit_megatron.mcore.step import make_forward_step
@@ -144,10 +146,12 @@ def scored(rank: int) -> dict[str, Any]:
         step = make_forward_step(Remit(), chunks, groups=groups, merge_microbatches=2, graph=graph)
         found[name] = []
         for batch in global_batches():
-            batches = local_microbatches(batch, 0, 1, documents=False)
-            step.score(batches)
-            found[name] += [one["ref_nll_local"] for one in batches]
-        student = step.nll_of(chunks, local_microbatches(global_batches()[0], 0, 1, documents=False))
+            found[name] += [
+                one.scores.ref_nll
+                for one in step.scored(local_microbatches(batch, 0, 1, documents=False))
+                if one.scores is not None
+            ]
+        student = passes.nll(chunks, local_microbatches(global_batches()[0], 0, 1, documents=False), groups, merge=2)
     assert all(torch.equal(a, b) for a, b in zip(student, found["eager"], strict=False)), "a student is never replayed"
     destroy_groups()
     return {**found, "captures": len(captures)}

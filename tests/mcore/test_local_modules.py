@@ -10,7 +10,7 @@ import torch
 from remit_megatron.config import Parallel
 from remit_megatron.mcore.groups import destroy_groups
 from remit_megatron.mcore.platform import activate
-from remit_megatron.ops import reference as specification
+from remit_megatron.ops import spec as specification
 from tests.mcore.harness import BUILD, SEQUENCE, STUDENT, TIED, global_batches, save_initial
 from tests.ranks import run_ranks
 
@@ -31,8 +31,9 @@ def plain_attention(q: Any, k: Any, v: Any, documents: Any, scale: float) -> tor
 def attention_case(rank: int, size: int) -> list[float]:
     """Largest errors of output and gradients, over head ratios, widths and masks."""
     activate("cpu")
-    from remit_megatron.mcore.attention import SDPAttention, zigzag_slice
+    from remit_megatron.mcore.attention import SDPAttention
     from remit_megatron.mcore.groups import initialize_groups
+    from remit_megatron.ops.context_parallel import zigzag_slice
 
     groups = initialize_groups(Parallel(context=size), seed=1)
     errors = []

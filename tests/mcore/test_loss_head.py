@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from remit_megatron.config import Parallel
+from remit_megatron.data.deal import Deal
+from remit_megatron.data.microbatch import Microbatch
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.groups import destroy_groups
 from remit_megatron.mcore.platform import activate
@@ -25,8 +27,8 @@ from tests.train import runs
 RTOL = 1e-5
 
 
-class BySample(Recorder):
-    by_sample = True
+class NotBySample(Recorder):
+    by_sample = False
 
 
 class Layout(NamedTuple):
@@ -50,7 +52,7 @@ OBJECTIVES = {
 }
 
 
-def microbatches() -> list[dict[str, torch.Tensor]]:
+def microbatches(deal: Deal) -> list[Microbatch]:
     """Two, of [2, SEQUENCE], with ragged masks, documents, and one sample without a trained token."""
     generator = torch.Generator().manual_seed(5)
     batches = []
@@ -61,15 +63,19 @@ def microbatches() -> list[dict[str, torch.Tensor]]:
         segments = (torch.rand(2, SEQUENCE, generator=generator) < 0.2).long().cumsum(1)
         ref_nll = torch.rand(2, SEQUENCE, generator=generator) * 8
         one = {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask, "segment_ids": segments}
-        batches.append({key: value.contiguous() for key, value in (one | {"ref_nll": ref_nll}).items()})
+        one = {key: value.contiguous() for key, value in (one | {"ref_nll": ref_nll}).items()}
+        batches.append(Microbatch.from_dict(one, deal))
     return batches
 
 
 def gradients(head: str, shape: Any, objective: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     """One schedule with two microbatches: reports, what each token got, and every parameter's main_grad."""
     from remit_megatron.mcore import optim
+    from remit_megatron.mcore.groups import current_groups
+    from remit_megatron.mcore.loss_hook import unwrap
     from remit_megatron.mcore.model import build_chunks
-    from remit_megatron.mcore.step import make_forward_step, run_schedule, unwrap
+    from remit_megatron.mcore.passes import run_schedule
+    from remit_megatron.mcore.step import make_forward_step
     from remit_megatron.objectives import build_objective
     from tests.mcore.harness import randomise
 
@@ -79,8 +85,9 @@ def gradients(head: str, shape: Any, objective: dict[str, Any], parallel: Parall
     chunks = optim.wrap_ddp(chunks, config, parallel)
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    recorder = BySample(build_objective(dict(objective)))
-    reports = run_schedule(make_forward_step(recorder), microbatches(), chunks, forward_only=False)
+    recorder = Recorder(build_objective(dict(objective)))
+    batches = microbatches(current_groups().deal())
+    reports = run_schedule(make_forward_step(recorder), batches, chunks, forward_only=False)
     seen = recorder.seen
     tokens = {key: torch.cat([record[key] for record in seen]) for key in seen[0]} if seen else {}
     grads = {
@@ -160,11 +167,12 @@ def alone(rank: int) -> dict[str, Any]:
     from remit_megatron.mcore.groups import initialize_groups
     from remit_megatron.mcore.loss_hook import RemitGPTModel
     from remit_megatron.mcore.model import build_chunks
-    from remit_megatron.mcore.step import make_forward_step, run_schedule
+    from remit_megatron.mcore.passes import run_schedule
+    from remit_megatron.mcore.step import make_forward_step
     from remit_megatron.objectives import NTP
 
     initialize_groups(Parallel(), seed=1)
-    batch, found = microbatches()[0], {}
+    batch, found = microbatches(Deal())[0], {}
     shape = STUDENT.model_copy(update={"vocab_size": 67, "hidden_size": 12})  # a transposed head has 12 rows
     models = {}
     for head in ("logits", "sequence_chunks"):
@@ -182,8 +190,8 @@ def alone(rank: int) -> dict[str, Any]:
         RemitGPTModel(config, layer_spec(STUDENT, "local"), 67, SEQUENCE, loss_head="sequence_chunks")
 
     cases = {
-        "objective": lambda: run_schedule(make_forward_step(Recorder(NTP())), [batch], [model], forward_only=True),
-        "alone": lambda: model(batch["tokens"], positions, None, labels=batch["labels"]),
+        "objective": lambda: run_schedule(make_forward_step(NotBySample(NTP())), [batch], [model], forward_only=True),
+        "alone": lambda: model(batch.tokens, positions, None, labels=batch.labels),
         "fp16": lambda: build_with("fp16"),
         "deferred": lambda: build_with("defer_embedding_wgrad_compute"),
     }
@@ -194,7 +202,7 @@ def alone(rank: int) -> dict[str, Any]:
         except UserError as error:
             found[name] = str(error)
     with torch.no_grad():
-        nll = [one(batch["tokens"], positions, None, labels=batch["labels"]) for one in models.values()]
+        nll = [one(batch.tokens, positions, None, labels=batch.labels) for one in models.values()]
     found["nll"] = [nll[0].shape == nll[1].shape == (2, SEQUENCE), nll[1].requires_grad]
     destroy_groups()
     return found
@@ -205,7 +213,7 @@ def test_logits_of_one_sample_exist() -> None:
     assert found["logits"] == 2 * SEQUENCE
     assert found["sequence_chunks"] == SEQUENCE
     assert "cannot serve objective 'ntp'" in found["objective"]
-    assert "trains inside RemitGPTModel.loss_by_sequence only" in found["alone"]
+    assert "trains inside RemitGPTModel.using(BySequence(...)) only" in found["alone"]
     assert "fp16 needs 'logits'" in found["fp16"]
     assert "defer_embedding_wgrad_compute" in found["deferred"]
     assert found["nll"] == [True, False]

@@ -20,25 +20,39 @@ def refusals(rank: int) -> dict[str, str]:
     import dataclasses
 
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from remit_megatron.mcore.families import layer_spec
     from remit_megatron.mcore.groups import initialize_groups
     from remit_megatron.mcore.loss_hook import RemitGPTModel
     from remit_megatron.mcore.model import make_config
-    from remit_megatron.mcore.step import make_forward_step, run_schedule
+    from remit_megatron.mcore.step import make_forward_step
 
     initialize_groups(Parallel(), seed=1)
     text = torch.randint(61, (2, 17))
     batch = {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": torch.ones(2, 16)}
+    documents, plain = torch.arange(16).div(6).floor().long().expand(2, 16), get_gpt_layer_local_spec()
     good = make_config(STUDENT, Parallel(), BUILD)
 
-    def build(cls: Any, **changes: Any) -> Any:
-        return cls(
-            dataclasses.replace(good, **changes), layer_spec(STUDENT, "local"), 61, 16, position_embedding_type="rope"
+    def build(cls: Any, spec: Any = None, **changes: Any) -> Any:
+        spec = spec or layer_spec(STUDENT, "local")
+        return cls(dataclasses.replace(good, **changes), spec, 61, 16, position_embedding_type="rope")
+
+    def forward_step(step: Any, model: Any, batch: dict[str, Any]) -> None:
+        """As a script of one's own calls it, with plain dicts."""
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter([batch]),
+            model=[model],
+            num_microbatches=1,
+            seq_length=16,
+            micro_batch_size=2,
+            forward_only=True,
         )
 
     def step(model: Any, objective: Any, **more: torch.Tensor) -> None:
-        run_schedule(make_forward_step(objective), [{**batch, **more}], [model], forward_only=True)
+        forward_step(make_forward_step(objective), model, {**batch, **more})
 
     found = {}
     cases = {
@@ -47,6 +61,15 @@ def refusals(rank: int) -> dict[str, str]:
         "mean": lambda: step(build(RemitGPTModel, calculate_per_token_loss=False), NTP()),
         "plain model": lambda: step(build(GPTModel), NTP()),
         "no reference": lambda: step(build(RemitGPTModel), Remit()),
+        "attention mask": lambda: step(build(RemitGPTModel), NTP(), attention_mask=torch.ones(2, 1, 16, 16)),
+        "positions": lambda: step(
+            build(RemitGPTModel), NTP(), position_ids=torch.arange(16).remainder(9).expand(2, 16)
+        ),
+        "own positions": lambda: step(build(RemitGPTModel), NTP(), position_ids=torch.arange(16).expand(2, 16)),
+        "documents": lambda: step(build(RemitGPTModel), NTP(), documents=documents),
+        "unread documents": lambda: step(build(RemitGPTModel, spec=plain), NTP(), documents=documents),
+        "no labels": lambda: forward_step(make_forward_step(NTP()), build(RemitGPTModel), {"tokens": text[:, :-1]}),
+        "a part": lambda: forward_step(make_forward_step(NTP(), sequence_length=32), build(RemitGPTModel), batch),
         "no selection": lambda: step(build(RemitGPTModel), Rho1(scope="global"), ref_nll=torch.ones(2, 16)),
     }
     for name, case in cases.items():
@@ -65,6 +88,13 @@ EXPECTED = {
     "mean": "calculate_per_token_loss must be True",
     "plain model": "must be a remit_megatron.mcore.RemitGPTModel, got GPTModel",
     "no reference": "objective 'remit' needs ref_nll",
+    "attention mask": "the batch's 'attention_mask' is not read: attention is causal",
+    "positions": "'position_ids' are not 0..s-1, and position_embedding_type = 'rope' does not read them",
+    "own positions": "accepted",
+    "documents": "accepted",
+    "unread documents": "the batch has `documents`, which the layers' core attention DotProductAttention does not read",
+    "no labels": "the batch has no 'labels'",
+    "a part": "the batch has 16 positions, and whole samples have sequence_length = 32",
     "no selection": "with scope = 'global' call forward_step.prepare(...)",
 }
 

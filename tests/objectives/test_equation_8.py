@@ -5,7 +5,7 @@ from torch import Tensor
 
 from remit_megatron.objectives import TokenStats
 from remit_megatron.objectives.remit import Remit
-from remit_megatron.ops import reference
+from remit_megatron.ops import spec
 from remit_megatron.ops.token_nll import token_nll
 from tests.ops.cases import gradient_of
 
@@ -34,10 +34,10 @@ def test_specification() -> None:
     student.requires_grad_()
     tokens = torch.arange(VOCAB).repeat_interleave(counts)  # the data: one row of logits behind every token
     mask = torch.ones(1, len(tokens))
-    nll = reference.token_nll(student.expand(1, len(tokens), VOCAB), tokens[None])
-    ref_nll = reference.token_nll(ref.expand(1, len(tokens), VOCAB), tokens[None])
-    weights = reference.remit_weights(nll, ref_nll, mask, epsilon=0.5)
-    (gradient,) = torch.autograd.grad(reference.loss(nll, weights, mask), student)
+    nll = spec.token_nll(student.expand(1, len(tokens), VOCAB), tokens[None])
+    ref_nll = spec.token_nll(ref.expand(1, len(tokens), VOCAB), tokens[None])
+    weights = spec.remit_weights(nll, ref_nll, mask, epsilon=0.5)
+    (gradient,) = torch.autograd.grad(spec.loss(nll, weights, mask), student)
 
     # The weights over the vocabulary, computed without the specification.
     gap = (ref.log_softmax(dim=0) - student.log_softmax(dim=0)).detach()

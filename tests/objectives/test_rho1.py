@@ -7,7 +7,7 @@ from torch import Tensor
 from remit_megatron.errors import UserError
 from remit_megatron.objectives import LossSum, Objective, Remit, Rho1, TokenStats, build_objective
 from remit_megatron.objectives.ntp import NTP
-from remit_megatron.ops import reference
+from remit_megatron.ops import spec
 from remit_megatron.ops.token_nll import token_nll
 from tests.objectives.test_objectives import given, make_stats
 from tests.ops.cases import gradient_of
@@ -20,7 +20,7 @@ def test_matches_specification(scope: str, share: float) -> None:
     result = build_objective({"name": "rho1", "share": share, "scope": scope})(stats)
     result.loss_sum.backward()
     nll, ref_nll, kept = stats.nll.detach().double(), given(stats.ref_nll).double(), stats.mask > 0
-    chosen = reference.top_share(nll - ref_nll, stats.mask, str(share), scope)  # type: ignore[arg-type]
+    chosen = spec.top_share(nll - ref_nll, stats.mask, str(share), scope)  # type: ignore[arg-type]
     count = int(chosen.sum())
     assert (count == kept.sum()) == (share == 1.0)
     assert result.num_tokens.dtype == torch.int32

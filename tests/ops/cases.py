@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from remit_megatron.ops import reference
+from remit_megatron.ops import spec
 
 EPS_FLOAT32 = torch.finfo(torch.float32).eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +43,7 @@ class Case:
     def spec(self) -> tuple[Tensor, Tensor]:
         """Float64 NLL [s, b] and gradient [s, b, V] from autograd."""
         logits = self.logits.double().requires_grad_()
-        nll = reference.token_nll(logits, self.labels, valid_vocab=self.valid_vocab)
+        nll = spec.token_nll(logits, self.labels, valid_vocab=self.valid_vocab)
         nll.backward(self.upstream.double())
         return nll.detach(), gradient_of(logits)
 
@@ -68,7 +68,7 @@ def make_case(
     if edge is not None:
         borders = [c for i in range(0, vocab + 1, edge) for c in (i - 1, i) if 0 <= c < valid_vocab]
         labels.view(-1)[: len(borders)] = torch.tensor(borders)[: labels.numel()]
-    labels[torch.rand(s, b, generator=generator) < 0.2] = reference.IGNORED_LABEL
+    labels[torch.rand(s, b, generator=generator) < 0.2] = spec.IGNORED_LABEL
     upstream = torch.rand(s, b, generator=generator) * 4 - 1
     upstream[torch.rand(s, b, generator=generator) < 0.2] = 0.0
     return Case(logits, labels, upstream, valid_vocab)
@@ -79,7 +79,7 @@ def check_nll(nll: Tensor, want: Tensor, case: Case) -> None:
     assert nll.dtype == torch.float32
     largest = case.logits[..., : case.valid_vocab].abs().max().item()
     assert (nll.double() - want).abs().max().item() <= 4 * EPS_FLOAT32 * (10.0 + largest)
-    assert not nll[case.labels == reference.IGNORED_LABEL].any()
+    assert not nll[case.labels == spec.IGNORED_LABEL].any()
 
 
 def check_gradient(gradient: Tensor, want: Tensor, case: Case, rounding: float = 0.501) -> None:
@@ -95,7 +95,7 @@ def check_gradient(gradient: Tensor, want: Tensor, case: Case, rounding: float =
     allowed = allowed + rounding * info.eps * want.abs() + info.smallest_normal * info.eps
     excess = (gradient.double() - want).abs() - allowed
     assert excess.max().item() <= 0, f"gradient exceeds its bound by {excess.max().item():.2e}"
-    unused = (case.labels == reference.IGNORED_LABEL) | (case.upstream == 0)
+    unused = (case.labels == spec.IGNORED_LABEL) | (case.upstream == 0)
     assert not gradient[unused].any()
     assert not gradient[..., case.valid_vocab :].any()
 

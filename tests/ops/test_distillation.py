@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from remit_megatron.ops import reference
+from remit_megatron.ops import spec
 from remit_megatron.ops.distillation import Teacher, nll_and_kl
 from remit_megatron.ops.token_nll import token_nll
 from tests.ops.cases import Case, gradient_of, make_case
@@ -29,15 +29,15 @@ def make(dtype: torch.dtype = torch.float32, valid_vocab: int = 61) -> tuple[Cas
     return case, hidden, weight, torch.rand(S, B, generator=generator) - 0.3
 
 
-def spec(temperature: float, dtype: torch.dtype = torch.float32, valid_vocab: int = 61) -> tuple[Tensor, Tensor]:
+def expected(temperature: float, dtype: torch.dtype = torch.float32, valid_vocab: int = 61) -> tuple[Tensor, Tensor]:
     """[2, s, b] and the gradient [s, b, V], float64."""
     case, hidden, weight, upstream = make(dtype, valid_vocab)
     logits = case.logits.double().requires_grad_()
-    nll = reference.token_nll(logits, case.labels, valid_vocab=valid_vocab)
+    nll = spec.token_nll(logits, case.labels, valid_vocab=valid_vocab)
     # The reference's logits are rounded to the head's dtype, as they are where they are whole.
     reference_logits = hidden @ weight.t()
-    kl = reference.forward_kl(logits, reference_logits, valid_vocab=valid_vocab, temperature=temperature)
-    kl = kl.masked_fill(case.labels == reference.IGNORED_LABEL, 0.0)
+    kl = spec.forward_kl(logits, reference_logits, valid_vocab=valid_vocab, temperature=temperature)
+    kl = kl.masked_fill(case.labels == spec.IGNORED_LABEL, 0.0)
     both = torch.stack([nll, kl])
     both.backward(torch.stack([case.upstream, upstream]).double())
     return both.detach(), gradient_of(logits)
@@ -74,12 +74,12 @@ def check(result: Tensor, gradient: Tensor, want: Tensor, want_gradient: Tensor,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_specification(temperature: float, chunk_tokens: int, dtype: torch.dtype) -> None:
     result, gradient = run(temperature, chunk_tokens, dtype)
-    want, want_gradient = spec(temperature, dtype)
+    want, want_gradient = expected(temperature, dtype)
     assert (want[1].abs() > 0.1).sum() > 10
     check(result, gradient, want, want_gradient, dtype)
     assert gradient.dtype == dtype
     assert not gradient[..., 61:].any()
-    assert not gradient[make(dtype)[0].labels == reference.IGNORED_LABEL].any()
+    assert not gradient[make(dtype)[0].labels == spec.IGNORED_LABEL].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,7 +124,7 @@ def test_sharded_vocabulary(temperature: float) -> None:
     """Every rank has the whole KL, and its own columns of softmax(student) - softmax(reference)."""
     results = run_ranks(4, sharded, temperature)
     for valid in (61, 33):
-        want, want_gradient = spec(temperature, valid_vocab=valid)
+        want, want_gradient = expected(temperature, valid_vocab=valid)
         for result in results:
             assert torch.equal(result[valid][0], results[0][valid][0])
         gradient = torch.cat([result[valid][1] for result in results], dim=-1)
@@ -135,14 +135,14 @@ def top_k_spec(k: int, temperature: float, valid_vocab: int = 61) -> tuple[Tenso
     """[2, s, b], the gradient [s, b, V], and the KL over the whole vocabulary, float64: k outcomes and all others."""
     case, hidden, weight, upstream = make(valid_vocab=valid_vocab)
     logits = case.logits.double().requires_grad_()
-    nll = reference.token_nll(logits, case.labels, valid_vocab=valid_vocab)
+    nll = spec.token_nll(logits, case.labels, valid_vocab=valid_vocab)
     q = ((hidden @ weight.t()).double()[..., :valid_vocab] / temperature).softmax(-1)
     p = (logits[..., :valid_vocab] / temperature).softmax(-1)
     best = q.topk(min(k, valid_vocab), dim=-1).indices
     of_best = (q.gather(-1, best) * (q / p).gather(-1, best).log()).sum(-1)
     q_tail, p_tail = (x.scatter(-1, best, 0.0).sum(-1) for x in (q, p))
     kl = of_best + q_tail * (q_tail / p_tail).log() if k < valid_vocab else of_best
-    ignored = case.labels == reference.IGNORED_LABEL
+    ignored = case.labels == spec.IGNORED_LABEL
     both = torch.stack([nll, kl.masked_fill(ignored, 0.0)])
     both.backward(torch.stack([case.upstream, upstream]).double())
     whole = (q * (q / p).log()).sum(-1).detach().masked_fill(ignored, 0.0)
@@ -166,7 +166,7 @@ def test_top_k(k: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_top_k_of_everything_is_the_whole_kl(k: int, dtype: torch.dtype) -> None:
     result, gradient = run(1.7, 4, dtype, top_k=k)
-    want, want_gradient = spec(1.7, dtype)
+    want, want_gradient = expected(1.7, dtype)
     check(result, gradient, want, want_gradient, dtype)
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from remit_megatron.objectives import TokenStats, build_objective
-from remit_megatron.ops import reference
+from remit_megatron.ops import spec
 from remit_megatron.ops.linear_loss import linear_loss_by_sequence
 from remit_megatron.ops.token_nll import token_nll
 from tests.ops.cases import gradient_of
@@ -27,7 +27,7 @@ UPSTREAM = -1.7
 def make_batch() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, VALID, (B, S), generator=generator)
-    labels[0, 3] = reference.IGNORED_LABEL
+    labels[0, 3] = spec.IGNORED_LABEL
     mask = (torch.rand(B, S, generator=generator) > 0.3).float()
     mask[1] = 0  # a sample without tokens still takes part
     mask[0, 3] = 0
@@ -71,13 +71,11 @@ def by_whole_logits(batch: dict[str, Tensor], settings: dict[str, Any]) -> tuple
 
 def by_specification(batch: dict[str, Tensor], settings: dict[str, Any]) -> tuple[Tensor, ...]:
     hidden, weight = (batch[name].double().requires_grad_() for name in ("hidden", "weight"))
-    nll = reference.token_nll(hidden @ weight.t(), batch["labels"].t(), valid_vocab=VALID).t()
+    nll = spec.token_nll(hidden @ weight.t(), batch["labels"].t(), valid_vocab=VALID).t()
     weights = batch["mask"].double()
     if settings["name"] == "remit":
         options = {key: value for key, value in settings.items() if key != "name"}
-        weights = reference.remit_weights(
-            nll, batch["ref_nll"], batch["mask"], segment_ids=batch["segment_ids"], **options
-        )
+        weights = spec.remit_weights(nll, batch["ref_nll"], batch["mask"], segment_ids=batch["segment_ids"], **options)
     loss_sum = (weights * nll).sum()
     (loss_sum * UPSTREAM).backward()
     return loss_sum.detach(), nll.detach(), gradient_of(hidden), gradient_of(weight)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from remit_megatron.ops import reference
+from remit_megatron.ops import spec
 from remit_megatron.ops.linear_nll import linear_nll
 from remit_megatron.ops.token_nll import token_nll
 
@@ -13,7 +13,7 @@ def make_head(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     hidden = torch.randn(37, 24, generator=generator).to(dtype)
     weight = (torch.randn(101, 24, generator=generator) * 0.5).to(dtype)
     labels = torch.randint(0, 90, (37,), generator=generator)
-    labels[::6] = reference.IGNORED_LABEL
+    labels[::6] = spec.IGNORED_LABEL
     return hidden, weight, labels
 
 
@@ -23,7 +23,7 @@ def test_matches_specification(chunk_tokens: int) -> None:
     nll = linear_nll(
         hidden.requires_grad_(), weight.requires_grad_(), labels, valid_vocab=90, chunk_tokens=chunk_tokens
     )
-    want = reference.token_nll(hidden.double() @ weight.double().t(), labels, valid_vocab=90)
+    want = spec.token_nll(hidden.double() @ weight.double().t(), labels, valid_vocab=90)
     # The product of 24 terms and the log-sum-exp, at logits of magnitude 10.
     torch.testing.assert_close(nll.double(), want.detach(), rtol=0, atol=2e-5)
     assert not nll.requires_grad

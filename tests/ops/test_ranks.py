@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remit_megatron.ops import reference
+from remit_megatron.ops import spec
 from remit_megatron.ops.linear_nll import linear_nll
 from remit_megatron.ops.token_nll import token_nll
 from remit_megatron.ops.weights import remit_weights
@@ -116,7 +116,7 @@ def tp_on_rank(case: Case, layout: str, group: dist.ProcessGroup) -> dict[str, A
 def make_head() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(7)
     labels = torch.randint(0, 29, (11,), generator=generator)
-    labels[3] = reference.IGNORED_LABEL
+    labels[3] = spec.IGNORED_LABEL
     return torch.randn(11, 6, generator=generator), torch.randn(32, 6, generator=generator), labels
 
 
@@ -216,7 +216,7 @@ def check_ranks(case: Case, size: int, ranks: list[dict[str, Any]], what: str = 
 @pytest.mark.parametrize("size", SIZES)
 def test_sharded_head(results: list[Any], size: int) -> None:
     hidden, weight, labels = make_head()
-    want = reference.token_nll(hidden.double() @ weight.double().t(), labels, valid_vocab=29)
+    want = spec.token_nll(hidden.double() @ weight.double().t(), labels, valid_vocab=29)
     for one in results:
         found = one[size]["head"]
         assert torch.equal(found["chunks of 64"], found["whole"])
@@ -230,7 +230,7 @@ def test_sharded_head(results: list[Any], size: int) -> None:
 @pytest.mark.parametrize("centering", ["sample", "document"])
 def test_centring_spans_context_parallel_ranks(results: list[Any], size: int, centering: Any) -> None:
     nll, ref_nll, mask, segment_ids = make_gaps()
-    want = reference.remit_weights(nll, ref_nll, mask, segment_ids=segment_ids, centering=centering)
+    want = spec.remit_weights(nll, ref_nll, mask, segment_ids=segment_ids, centering=centering)
     ids = segment_ids if centering == "document" else None
     one_rank = remit_weights(nll, ref_nll, mask, segment_ids=ids)
     weights = torch.full((3, 16), torch.nan)

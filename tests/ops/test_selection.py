@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from remit_megatron.ops import reference
+from remit_megatron.ops import spec
 from remit_megatron.ops.selection import shuffle_in_samples, top_share, top_share_of_all
 from tests.ranks import run_ranks
 
@@ -24,7 +24,7 @@ def make_scores(seed: int = 0, rows: int = 4, columns: int = 24) -> tuple[Tensor
 @pytest.mark.parametrize("share", ["0.8", "0.6", "0.07", "1", "0.000001"])
 def test_matches_specification(scope: str, share: str) -> None:
     score, mask = make_scores()
-    want = reference.top_share(score, mask, share, scope)  # type: ignore[arg-type]
+    want = spec.top_share(score, mask, share, scope)  # type: ignore[arg-type]
     got = top_share(score, mask, float(share), scope=scope)  # type: ignore[arg-type]
     assert torch.equal(got.double(), want)
     whole = torch.arange(24)
@@ -56,7 +56,7 @@ def test_selection_over_everything(share: str, ties: bool) -> None:
     settings = {"positions": torch.arange(24), "group": None}
     ids = torch.tensor([7, 3 << 40, 1, 2, 11, 0])
     (whole,) = top_share_of_all([score], [mask], float(share), sample_ids=[ids], **settings)  # type: ignore[arg-type]
-    want = reference.top_share(score, mask, share, "microbatch")
+    want = spec.top_share(score, mask, share, "microbatch")
     assert whole.sum() == want.sum()
     if ties:  # other tokens of equal score may win, so the sorted scores are what must agree
         chosen, wanted = (score[x > 0].sort().values for x in (whole, want))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remit_megatron.errors import UserError
-from remit_megatron.ops import reference, token_nll
+from remit_megatron.ops import spec, token_nll
 from remit_megatron.ops.implementation import describe_implementation
 from remit_megatron.ops.linear_nll import linear_nll
 from remit_megatron.ops.shard import Shard
@@ -108,7 +108,7 @@ def test_expanded_logits() -> None:
     spec_row = row.detach().double().requires_grad_()
     scaled = row * 1.0
     token_nll.token_nll(scaled.expand(8, 30), case.labels[:, 0]).backward(case.upstream[:, 0])
-    reference.token_nll(spec_row.expand(8, 30), case.labels[:, 0]).backward(case.upstream[:, 0].double())
+    spec.token_nll(spec_row.expand(8, 30), case.labels[:, 0]).backward(case.upstream[:, 0].double())
     torch.testing.assert_close(gradient_of(row).double(), gradient_of(spec_row), rtol=0, atol=8 * 4 * 1e-6)
     assert torch.equal(scaled.detach(), row.detach())
 
@@ -183,7 +183,7 @@ def test_minus_infinity_in_the_vocabulary() -> None:
     labels = torch.tensor([0, 4, 2])
     shard = Shard(first=5, num_local=5, num_valid=5, valid_vocab=10, tp_group=None)
     assert torch.equal(token_nll.local_stats(logits[:, 5:], labels, shard)[0], torch.full((3,), -torch.inf))
-    want = reference.token_nll(logits, labels)
+    want = spec.token_nll(logits, labels)
     torch.testing.assert_close(token_nll.token_nll(logits, labels).double(), want, rtol=0, atol=1e-6)
 
 

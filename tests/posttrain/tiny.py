@@ -20,6 +20,9 @@ TEMPLATE = (
 ROWS = 300
 
 
+CHAT = Chat(end_of_turn=END)
+
+
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -70,9 +73,7 @@ def sums(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def sft_rows(count: int) -> list[Any]:
-    return [
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in sums(count)
-    ]
+    return [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in sums(count)]
 
 
 def dpo_rows(count: int) -> list[Any]:
@@ -108,9 +109,9 @@ RL_SETTINGS = RL(
 )
 
 
-def spec(kind: str, model: Path, data: Path, **changes: Any) -> StageSpec:
+def spec(kind: str, model: Path, rows: Path, **changes: Any) -> StageSpec:
     """A request with the settings above."""
     settings = {"sft": SFT_SETTINGS, "dpo": DPO_SETTINGS, "rl": RL_SETTINGS}[kind]
-    chat = Chat(end_of_turn=END) if kind == "sft" else Chat()
-    asked = {"name": kind, "kind": kind, "model": str(model), "data": data_files([data]), "chat": chat, kind: settings}
+    chat = CHAT if kind == "sft" else Chat()
+    asked = {"name": kind, "kind": kind, "model": str(model), "data": data_files([rows]), "chat": chat, kind: settings}
     return StageSpec(**{**asked, **changes})

@@ -103,6 +103,7 @@ class Cluster:
             "SlurmdParameters=config_overrides",
             "SlurmdTimeout=25",
             "KillWait=10",
+            "KillOnBadExit=1",  # as some sites have it
             f"MessageTimeout={self.message_timeout_s}",
             "MinJobAge=3600",
             f"FirstJobId={self.first_job}",

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from launch.profiles import SHIPPED
-from launch.status import Event, read_events
+from launch.record import Event, read_events
 from remit_megatron.config import dump_toml, parse_recipe
 from tests.slurm.cluster import Cluster
 from tests.train.runs import SAMPLES, SEQUENCE, settings
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
+RANKS_OF = {b"launch.rank", b"remit_megatron.cli"}
+"""What a rank's command line has, before and after it has become `remit`."""
 QUIET = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 
@@ -67,13 +69,16 @@ class Run:
         cwd: Path = ROOT,
         variables: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """`remit launch` as a user types it; `profile`: what differs from the shipped one for loopback.
+        """`remit launch` as a user types it; `profile`: what differs from the shipped one for loopback, `container` and
+        `environment` as sections, everything else of [slurm].
 
         No preflight unless the profile says so: it costs as much as a start.
         """
         path = self.folder.with_suffix(".profile.toml")
-        shipped = tomllib.loads((SHIPPED / "loopback.toml").read_text())
-        settings = shipped | {"partition": f"pair{self.pair}", "preflight": False} | (profile or {})
+        settings = tomllib.loads((SHIPPED / "loopback.toml").read_text())
+        settings["slurm"] |= {"partition": f"pair{self.pair}", "preflight": False}
+        for key, value in (profile or {}).items():
+            (settings if key in ("container", "environment") else settings["slurm"])[key] = value
         # Hundreds of lines of Megatron's, in logs that a failing test shows.
         settings["environment"]["set"]["PYTHONWARNINGS"] = "ignore"
         path.write_text(profile_text(settings))
@@ -102,7 +107,7 @@ class Run:
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
                 # srun, and the agent of torchrun, name the command of their ranks further on.
-                is_rank = b"python" in words[0] and b"launch.rank" in words[1:4] if words else False
+                is_rank = b"python" in words[0] and RANKS_OF & set(words[1:4]) if words else False
                 if is_rank and wanted in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
             except OSError:
@@ -147,6 +152,10 @@ class Run:
         except (OSError, ValueError):
             return 0
 
+    def saved(self) -> int:
+        """Step of the newest checkpoint."""
+        return int((self.folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
+
     def wait_for_step(self, step: int) -> None:
         self.wait(lambda: self.step() >= step, f"step {step} was not reached")
 
@@ -166,6 +175,21 @@ class Run:
         for log in sorted(self.folder.glob("logs/**/*.log")):
             texts += [f"--- {log}", *log.read_text(errors="replace").splitlines()[-25:]]
         return "\n".join(texts)
+
+
+def batch_script(job: str) -> int:
+    """Process id of the job's script."""
+    wanted = f"SLURM_JOB_ID={job}".encode()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "comm").read_text() == "slurm_script\n":
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                mine = wanted in (entry / "environ").read_bytes().split(b"\0")
+                if mine and (Path("/proc") / parent / "comm").read_text() == "slurmstepd\n":
+                    return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"job {job} has no script")
 
 
 def has_pending(pid: int, number: signal.Signals) -> bool:

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from launch.backends.slurm.settings import seconds_of
 from launch.profiles import SHIPPED
 from remit_megatron.config import dump_toml, parse_recipe
 from tests.data_prep.tokenizers import TEXTS, save
+from tests.launch.test_profiles import NO_TIMES, TIMES
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import QUIET, ROOT, STEPS, Run, profile_text
 from tests.test_docs import commands
@@ -25,6 +27,8 @@ pytestmark = pytest.mark.slurm
 
 NewRun = Callable[..., Run]
 ONE_RANK = {"parallel": {"tensor": 1}}
+LATE_S = 20
+"""Longer than one interpreter may start after another on a slow machine."""
 
 
 def test_dry_run(new_run: NewRun, tmp_path: Path) -> None:
@@ -44,6 +48,20 @@ def test_dry_run(new_run: NewRun, tmp_path: Path) -> None:
     assert not run.folder.exists()
 
 
+def test_a_time_limit_is_to_slurm_what_it_is_here(cluster: Cluster, pair: int) -> None:
+    """In whole minutes, upwards; and of those that are refused here SLURM reads only some that nobody can mean."""
+    held = ["sbatch", "--parsable", "--hold", "-p", f"pair{pair}", "--output=/dev/null", "--wrap=true"]
+    for text, seconds in TIMES.items():
+        job = cluster.ask(*held, f"--time={text}")
+        said = cluster.job(job)["TimeLimit"]
+        cluster.run("scancel", job)
+        assert seconds_of(said) == 60 * -(-seconds // 60), text
+    for text in NO_TIMES:
+        command = [*held, "--test-only", f"--time={text}"]
+        accepted = subprocess.run(command, env=cluster.environment, capture_output=True).returncode == 0
+        assert accepted == (text in ("0", "00:00:00", "-5", "1-")), text
+
+
 def test_a_refused_submission_is_one_line(new_run: NewRun) -> None:
     run = new_run()
     refused = run.launch(profile={"partition": "nowhere"}, expect=2)
@@ -59,8 +77,8 @@ def test_the_pages_first_run(pair: int, cluster: Cluster, data: Path, tmp_path: 
     recipe = settings(Path("data"), "first", parallel={"tensor": 2}, evaluation={"every_steps": 0, "samples": 2})
     (folder / "recipe.toml").write_text(dump_toml(parse_recipe(recipe | {"run": "runs/first"})))
     shipped = tomllib.loads((SHIPPED / "loopback.toml").read_text())
-    filled_in = {"partition": f"pair{pair}", "tasks_per_node": 1, "shared_folders": [str(tmp_path)]}
-    (folder / "cluster.toml").write_text(profile_text(shipped | filled_in))
+    shipped["slurm"] |= {"partition": f"pair{pair}", "tasks_per_node": 1, "shared_folders": [str(tmp_path)]}
+    (folder / "cluster.toml").write_text(profile_text(shipped))
     said = []
     for words in commands("docs/clusters.md"):
         if words[0] != ".venv/bin/remit":
@@ -180,15 +198,15 @@ def test_a_check_that_hangs(new_run: NewRun, cluster: Cluster, tmp_path: Path) -
     bad = f"n{2 * run.pair + 1}"
     (tmp_path / "sitecustomize.py").write_text("import shutil, signal\nshutil.disk_usage = lambda _: signal.pause()\n")
     with cluster.node_setting(bad, "PYTHONPATH", str(tmp_path)):
-        job = run.submit(profile={"preflight": True, "preflight_timeout_s": 7})
-        run.wait(lambda: cluster.job(job)["ExcNodeList"] == bad, "the node was not excluded", timeout_s=120)
+        job = run.submit(profile={"preflight": True, "preflight_timeout_s": LATE_S})
+        run.wait(lambda: cluster.job(job)["ExcNodeList"] == bad, "the node was not excluded", timeout_s=300)
     cluster.run("scancel", job)  # it would wait for a second sound node
     assert [(event.name, event.detail) for event in run.events] == [
         ("start", f"on n[{2 * run.pair}-{2 * run.pair + 1}]"),
         ("requeue", f"preflight: {bad}"),
     ]
     said = (run.folder / "logs" / f"{job}.0" / "preflight.log").read_text()
-    assert said == f"remit: preflight: {bad}: rank 1's checks do not end within 7 s\n"
+    assert said == f"remit: preflight: {bad}: rank 1's checks do not end within {LATE_S} s\n"
 
 
 def test_a_full_run_folder_ends_the_job(new_run: NewRun, cluster: Cluster, full_disk: Path) -> None:
@@ -317,6 +335,30 @@ def test_scorer_beside_a_run(
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == STEPS
     assert {line["scored_online"] for line in lines} == {0}
+
+
+def test_a_scorer_with_a_mistake(
+    new_run: NewRun, cluster: Cluster, tmp_path: Path, undisturbed: Callable[[int], Any], shared: Path
+) -> None:
+    """Of one rank: the others are ended, and the job's code is that rank's, not theirs."""
+    undisturbed(2)
+    run = new_run(objective={"name": "remit"}, reference={"path": str(shared / "undisturbed-2"), "queue": {}})
+    (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(2)\n")
+    variables = {"REMIT_RECIPE": str(run.recipe), "REMIT_RUN": str(run.folder), "REMIT_PYTHON": sys.executable}
+    command = ["sbatch", "--parsable", "-p", f"pair{run.pair}", "--nodes=2", f"--output={tmp_path}/scorer.log"]
+    with cluster.node_setting(f"n{2 * run.pair + 1}", "PYTHONPATH", str(tmp_path)):
+        scorer = subprocess.run(
+            [*command, str(ROOT / "slurm" / "score.sbatch")],
+            env={**cluster.environment, **variables, "GLOO_SOCKET_IFNAME": "lo", **QUIET},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        cluster.wait(lambda: cluster.ended(scorer), "the scorer did not end")
+    said = (tmp_path / "scorer.log").read_text()
+    assert (cluster.job(scorer)["JobState"], cluster.job(scorer)["ExitCode"]) == ("FAILED", "2:0"), said
+    assert "task 0: Killed" in said or "task 0: Terminated" in said, "whose code would be 137 or 143"
 
 
 def files(folder: Path) -> dict[str, bytes]:

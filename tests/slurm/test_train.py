@@ -16,7 +16,7 @@ import pytest
 
 from launch.status import report
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import STEPS, Run, has_pending, recipe_text
+from tests.slurm.jobs import STEPS, Run, batch_script, has_pending, recipe_text
 from tests.train.runs import metrics
 
 pytestmark = pytest.mark.slurm
@@ -55,6 +55,7 @@ def test_from_submission_to_done(new_run: NewRun, cluster: Cluster, undisturbed:
     assert sorted(path.name for path in (run.folder / "logs" / job).iterdir()) == [
         "preflight.log",
         *(f"rank-{n}.log" for n in range(4)),
+        "srun.log",
     ]
     assert (
         "4 ranks: devices, disk, clock and all-reduce are well"
@@ -124,7 +125,9 @@ def test_preemption_without_grace(new_run: NewRun, cluster: Cluster, undisturbed
     end = run.wait_for_end(job)
     run.wait(lambda: cluster.job(urgent)["JobState"] == "COMPLETED", "the urgent job did not run")
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
-    assert run.names() == ["start", "preempted", "start", "end"], run.story()
+    # SLURM kills the script ten seconds later: on a slow machine it is the next start that says so.
+    assert run.names() in (["start", name, "start", "end"] for name in ("preempted", "requeue")), run.story()
+    assert run.events[1].detail == "SLURM has queued the job again"
     check_done(run, undisturbed(2))
 
 
@@ -148,27 +151,79 @@ def test_a_job_cancelled_within_the_grace_stays_dead(new_run: NewRun, cluster: C
     assert run.status["state"] == "stopped"
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["first", "other"])
-def test_lost_node(which: int, new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
-    """A node goes with everything on it, the job script too if it is the first: the run goes on when it is back."""
+@pytest.mark.parametrize(("which", "late"), [(0, False), (1, False), (1, True)], ids=["first", "other", "late"])
+def test_lost_node(
+    which: int,
+    late: bool,
+    new_run: NewRun,
+    cluster: Cluster,
+    undisturbed: Undisturbed,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A node goes with everything on it, the job script too if it is the first: the run goes on when it is back.
+
+    Ranks, the script and SLURM notice it in any order, and the node may be back before the script asks for it (late).
+    """
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     run = new_run()
     # SLURM repeats the kill that the lost node did not hear, and may hit a later start: one restart more.
     job = run.submit(profile={"exit_wait_s": 4, "fruitless_restarts": 5})
     run.wait_for_step(9)
-    node = f"n{2 * run.pair + which}"
+    node, script = f"n{2 * run.pair + which}", batch_script(job)
     with run.paused(job):
+        saved = run.saved()
         cluster.lose_node(node, job)
+        if late:
+            os.kill(script, signal.SIGSTOP)
     run.wait(lambda: cluster.job(job)["JobState"] == "PENDING", "the job did not come back to the queue")
     cluster.wait(lambda: "down" in cluster.states(), "SLURM did not miss the node")
+    if not which:  # nobody could tell the run folder
+        assert "state       waits to start again; it had last said: running" in report(run.folder)
     cluster.start_node(node)
+    if late:
+        cluster.wait(lambda: "down" not in cluster.states(), "the node is not back")
+        with contextlib.suppress(ProcessLookupError):  # SLURM may have killed it by now
+            os.kill(script, signal.SIGCONT)
     end = run.wait_for_end(job)
     assert end["JobState"] == "COMPLETED"
     starts = [event for event in run.events if event.name == "start"]
-    assert [event.step for event in starts[:2]] == [-1, 8], "from the newest checkpoint"
-    # Where the script lives, it finds the dead node, unless SLURM is first to miss it, and queues the job again.
-    why = (f"lost {node}", "a node is down") if which else ("lost without a word",)
-    assert any(text in report(run.folder) for text in why), run.story()
+    assert [event.step for event in starts[:2]] == [-1, saved], "from the newest checkpoint"
+    assert f"lost {node}" in report(run.folder), run.story()
     check_done(run, undisturbed(2))
+
+
+@pytest.mark.parametrize("code", [2, 1])
+def test_a_rank_that_fails_alone(code: int, new_run: NewRun, cluster: Cluster, tmp_path: Path) -> None:
+    """While the other hangs, and is killed `exit_wait_s` later: its code counts, though SLURM returns the highest."""
+    run = new_run()
+    says = f"import os\nos.write(2, b'remit: it is like that here\\n')\nos._exit({code})\n"
+    (tmp_path / "sitecustomize.py").write_text(says)
+    with cluster.node_setting(f"n{2 * run.pair + 1}", "PYTHONPATH", str(tmp_path)):
+        job = run.submit(profile={"exit_wait_s": 5})
+        end = run.wait_for_end(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", f"{code}:0", "0"), run.story()
+    assert run.names() == ["start", "end"], run.story()
+    logs = run.folder / "logs" / f"{job}.0"
+    what = "a mistake in recipe or input" if code == 2 else "failed"
+    assert run.events[-1].detail == f"{what}: it is like that here, in {logs}/rank-1.log (exit code {code})"
+    said = (logs / "srun.log").read_text()
+    assert "First task exited 5s ago" in said, "and is not killed at once, as this site does by default"
+    assert said in (run.folder / "logs" / f"{job}.log").read_text()
+
+
+def test_a_job_that_is_killed(new_run: NewRun, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its script, so that status.json says for ever that it runs: `remit status` asks SLURM."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    run = new_run(nproc=2)
+    job = run.submit(nodes=1)
+    run.wait_for_step(3)
+    with run.paused(job):
+        assert "state       running\n" in report(run.folder)
+        cluster.run("scancel", "--signal=KILL", "--full", job)
+    run.wait_for_end(job)
+    assert run.status["state"] == "running"
+    state = next(line for line in report(run.folder).splitlines() if line.startswith("state "))
+    assert state == "state       ended without a last word: killed, or its node was lost; it had last said: running"
 
 
 def test_chain(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
@@ -224,7 +279,7 @@ def test_crash_loop_ends(new_run: NewRun, cluster: Cluster) -> None:
 
 def test_a_hang(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
     """One rank stands still for good: the other says so, with its stacks, and the job starts again."""
-    run = new_run(watchdog={"step_timeout_s": 10})
+    run = new_run(watchdog={"step_timeout_s": 20})
     job = run.submit(profile={"exit_wait_s": 5})
     run.wait_for_step(9)
     os.kill(run.ranks(job)[1], signal.SIGSTOP)
@@ -232,7 +287,7 @@ def test_a_hang(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> 
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
     assert run.names() == ["start", "requeue", "start", "end"]
     assert run.events[1].detail.startswith("hang, see ")
-    assert run.events[2].step == 8
+    assert run.events[2].step == run.events[1].step >= 8
     stacks = [log.read_text() for log in (run.folder / "logs" / f"{job}.0").glob("rank-*.log")]
     assert any("most recent call first" in text for text in stacks), run.story()
     check_done(run, undisturbed(2))
@@ -269,7 +324,7 @@ def test_torchrun(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
     assert run.names() == ["start", "requeue", "start", "end"]
     logs = {path.name for path in (run.folder / "logs" / f"{job}.1").iterdir()}
-    assert logs == {"agent-0.log", "agent-1.log", "rank-0.log", "rank-1.log"}
+    assert logs == {"agent-0.log", "agent-1.log", "rank-0.log", "rank-1.log", "srun.log"}
     check_done(run, undisturbed(2))
 
 
@@ -284,7 +339,7 @@ def test_torchrun_with_a_killed_rank(new_run: NewRun, cluster: Cluster, undistur
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
     assert run.names() == ["start", "requeue", "start", "end"]
     assert run.events[1].detail.startswith("a rank was killed by signal 9, see ")
-    assert run.events[2].step == 8
+    assert run.events[2].step == run.events[1].step >= 8
     check_done(run, undisturbed(2))
 
 
@@ -351,18 +406,3 @@ def questions(job: str) -> set[int]:
             if asks and wanted in (entry / "environ").read_bytes().split(b"\0"):
                 found.add(int(entry.name))
     return found
-
-
-def batch_script(job: str) -> int:
-    """Process id of the job's script."""
-    wanted = f"SLURM_JOB_ID={job}".encode()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and (entry / "comm").read_text() == "slurm_script\n":
-                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                mine = wanted in (entry / "environ").read_bytes().split(b"\0")
-                if mine and (Path("/proc") / parent / "comm").read_text() == "slurmstepd\n":
-                    return int(entry.name)
-        except OSError:
-            continue
-    raise AssertionError(f"job {job} has no script")

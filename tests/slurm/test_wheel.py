@@ -25,7 +25,8 @@ def submit(cluster: Cluster, pair: int, tmp_path: Path) -> Iterator[Submit]:
     profile = tmp_path / "profile.toml"
     shipped = tomllib.loads((SHIPPED / "loopback.toml").read_text())
     shipped["environment"]["set"] |= {"PYTHONWARNINGS": "ignore", "PYTHONPATH": str(wheels.ROOT)}
-    profile.write_text(profile_text(shipped | {"partition": f"pair{pair}", "preflight": False}))
+    shipped["slurm"] |= {"partition": f"pair{pair}", "preflight": False}
+    profile.write_text(profile_text(shipped))
 
     def run(file: Path, *more: str) -> dict[str, str]:
         command = wheels.command(file, "run", "--on", f"slurm:{profile}", *more)

@@ -21,7 +21,7 @@ import remit_megatron.train.loop  # noqa: F401 - before the forks
 from remit_megatron.data import checksums
 from remit_megatron.errors import RemitError
 from remit_megatron.processes import die_with_parent
-from remit_megatron.train.checkpoint import CheckpointFolder, read_meta
+from remit_megatron.run.checkpoint import CheckpointFolder, read_meta
 from tests.train.runs import train_all
 
 RANKS = 2

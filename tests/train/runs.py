@@ -14,6 +14,7 @@ import numpy as np
 from data_prep.writer import write_dataset
 from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError
+from tests.objectives.around import Around
 
 VOCAB, EOD, SEQUENCE, SAMPLES = 61, 0, 16, 8
 TIMING = ("step_ms", "score_ms", "data_ms", "wait_ms", "scored_online", "tokens_per_s", "mfu", "ranks")
@@ -83,8 +84,8 @@ def train_all(
 
     from remit_megatron.mcore.groups import destroy_groups
     from remit_megatron.mcore.platform import activate
-    from remit_megatron.train.loop import Trainer
-    from remit_megatron.train.runtime import Process, StopSignals
+    from remit_megatron.run.process import Process, StopSignals
+    from remit_megatron.train.loop import start
 
     activate("cpu")
     size = dist.get_world_size()
@@ -93,9 +94,9 @@ def train_all(
     for recipe, (poisoned_rank, steps) in zip(recipes, poisons or [(0, [])] * len(recipes), strict=True):
         trainer = None
         try:
-            trainer = Trainer(parse_recipe(recipe), process, fallback=fallback)
+            trainer = start(parse_recipe(recipe), process, fallback=fallback)
             if poisons:
-                trainer.forward_step.objective = _Poisoned(trainer, steps if rank == poisoned_rank else [])
+                trainer.step.forward_step.objective = _Poisoned(trainer, steps if rank == poisoned_rank else [])
             trainer.run(StopSignals())
             outcomes.append((0, ""))
         except RemitError as error:
@@ -108,16 +109,16 @@ def train_all(
     return outcomes
 
 
-class _Poisoned:
+class _Poisoned(Around):
     def __init__(self, trainer: Any, steps: list[int]):
-        self.trainer, self.inner, self.steps = trainer, trainer.objective, steps
-        self.name, self.needs_reference = self.inner.name, self.inner.needs_reference
+        super().__init__(trainer.parts.objective)
+        self.trainer, self.steps = trainer, steps
 
     def __call__(self, stats: Any) -> Any:
         import dataclasses
 
         out = self.inner(stats)
-        if self.trainer.meta.step + 1 in self.steps:
+        if self.trainer.step.progress.meta.step + 1 in self.steps:
             out = dataclasses.replace(out, loss_sum=out.loss_sum * float("nan"))
         return out
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from remit_megatron.mcore.compat import importable
+from remit_megatron.optional import importable
 from tests.ranks import run_ranks
 from tests.train.runs import metrics, settings, train_all
 

@@ -12,7 +12,7 @@ import pytest
 
 from remit_megatron.data import checksums
 from remit_megatron.errors import DamagedError
-from remit_megatron.train.checkpoint import CheckpointFolder, Meta, read_meta
+from remit_megatron.run.checkpoint import CheckpointFolder, Meta, read_meta
 from tests.ranks import run_ranks
 from tests.train.runs import metrics, remit, settings, train_all
 

@@ -15,8 +15,8 @@ import torch
 from data_prep.writer import write_dataset
 from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.data.indexed import HEADER_BYTES, open_index
-from remit_megatron.mcore.compat import importable
-from remit_megatron.train.checkpoint import read_meta, write_meta
+from remit_megatron.optional import importable
+from remit_megatron.run.checkpoint import read_meta, write_meta
 from tests.ranks import run_ranks
 from tests.train.runs import EOD, VOCAB, remit, settings
 

@@ -36,21 +36,21 @@ def change_reference(rank: int, recipe: Any) -> str:
     import torch.distributed as dist
 
     from remit_megatron.mcore.groups import destroy_groups
+    from remit_megatron.mcore.loss_hook import unwrap
     from remit_megatron.mcore.platform import activate
-    from remit_megatron.mcore.step import unwrap
-    from remit_megatron.train.loop import Trainer
-    from remit_megatron.train.runtime import Process
+    from remit_megatron.run.process import Process
+    from remit_megatron.train.loop import start
 
     activate("cpu")
     size = dist.get_world_size()
     process = Process(rank=rank, world_size=size, local_rank=rank, local_world_size=size, device=torch.device("cpu"))
-    trainer = Trainer(parse_recipe(recipe), process)
-    trainer._save(wait=True)
+    trainer = start(parse_recipe(recipe), process)
+    trainer.saver.save(wait=True)
     if rank == size - 1:
-        weight = next(unwrap(trainer.reference.chunks[-1]).parameters())
+        weight = next(unwrap(trainer.saver.reference.chunks[-1]).parameters())
         weight.data.view(-1)[3].mul_(1 + 2**-23)
     try:
-        trainer._save(wait=True)
+        trainer.saver.save(wait=True)
         return "not noticed"
     except RunError as error:
         return str(error)

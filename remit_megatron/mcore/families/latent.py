@@ -13,7 +13,7 @@ from torch import Tensor
 
 from remit_megatron.mcore.attention import SDPAttention
 from remit_megatron.mcore.collectives import sum_gradients
-from remit_megatron.mcore.norm import RMSNorm
+from remit_megatron.mcore.norm import RMSNorm, mark_sequence_parallel
 from remit_megatron.shape import ModelShape
 
 LATENT_NORM_EPSILON = 1e-6
@@ -38,8 +38,7 @@ class ReplicatedLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=device))
         if config.perform_initialization:
             config.init_method(self.weight)
-        # Each rank then sees a slice of the sequence, and Megatron sums the gradients by this mark.
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark_sequence_parallel(self.weight, config.sequence_parallel)
         self.shared_tail = 0 if config.sequence_parallel else shared_tail
         self.tp_group = tp_group
 

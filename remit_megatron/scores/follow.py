@@ -1,0 +1,115 @@
+"""`remit score RECIPE --follow`: a scorer of its own that runs ahead of a run and leaves it each step's scores."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from remit_megatron.config import Recipe
+from remit_megatron.data.files import locked, make_folder
+from remit_megatron.errors import UserError
+from remit_megatron.run.models import build_reference
+from remit_megatron.run.prepare import prepare
+from remit_megatron.run.process import Process, StopSignals, from_rank_0, joined_process
+from remit_megatron.scores.queue import KEY, ScorerSide, write_step
+from remit_megatron.scores.queued import queue_manifest
+from remit_megatron.scores.scorer import SampleNumber, Scorer, cache_manifest
+
+IDLE_S = 0.05
+ROUNDS_A_PIECE = 4
+"""The counter that shows life moves after so many rounds of microbatches, however large a step is."""
+
+
+def follow_run(recipe: Recipe) -> None:
+    """Score until the run is done, or a signal asks to stop. Called on every rank of the scorer.
+
+    Raises UserError where the run needs other scores than this recipe's, or another scorer follows it.
+    """
+    if recipe.reference is None or recipe.reference.queue is None:
+        raise UserError("remit score --follow: the recipe has no [reference.queue]; an empty one will do")
+    with StopSignals() as signals, joined_process(recipe.compute) as process:
+        follow_on(recipe.for_scorer(), process, lambda: signals.requested)
+
+
+def follow_on(recipe: Recipe, process: Process, stop: Callable[[], bool] = lambda: False) -> None:
+    """`follow_run` on a process that has joined; the recipe has the scorer's layout. Collective."""
+    assert recipe.reference is not None
+    assert recipe.reference.queue is not None
+    device, folder = process.device, recipe.queue_folder
+    if from_rank_0(lambda: _is_over(recipe), device):
+        _say(process, f"{recipe.run}: the run is done: there is nothing to score")
+        return
+    ready = prepare(recipe, process)
+    manifest = queue_manifest(recipe, cache_manifest(ready))
+    with contextlib.ExitStack() as held:
+        from_rank_0(lambda: _lock(folder, held), device)
+        reference = build_reference(recipe, ready.plan, device, load=True)
+        assert reference is not None
+        scorer, ahead = Scorer(ready, reference), recipe.reference.queue.ahead_steps
+        side = from_rank_0(lambda: ScorerSide(folder, manifest, ahead), device)
+        try:
+            _follow(scorer, side, process, stop)
+        finally:
+            if process.rank == 0:
+                side.beat(ended=True)
+
+
+def _lock(folder: Path, held: contextlib.ExitStack) -> None:
+    make_folder(folder, KEY)
+    held.enter_context(locked(folder / ".scorer.lock", busy=f"{KEY}: another scorer follows the run of {folder}"))
+
+
+def _follow(scorer: Scorer, side: ScorerSide, process: Process, stop: Callable[[], bool]) -> None:
+    """side: each rank has one; only rank 0's reads, beats and removes."""
+    groups, recipe = scorer.groups, scorer.ready.recipe
+    count, order = recipe.global_batch_samples, scorer.ready.data.order
+    # One rank has all scores and writes; it is the first of the last stage.
+    writes, started = groups.counts_loss and groups.dp_cp.rank() == 0, None
+    _say(process, f"{side.folder}: scores for {recipe.run} when it comes")
+    while True:
+        step, done = from_rank_0(lambda: (None, True) if stop() else _next(side, recipe), process.device)
+        if done:
+            _say(process, f"{side.folder}: the scorer ends: " + ("it was asked to" if stop() else "the run is done"))
+            return
+        if step is None:
+            time.sleep(IDLE_S)
+            continue
+        if started is None:
+            started = time.monotonic()
+            _say(process, f"{side.folder}: the run is there: scores from step {step} on")
+        samples = [order[n] for n in range((step - 1) * count, step * count)]
+        scores = _score(scorer, samples, side, process)
+        if writes:
+            write_step(side.folder, step, side.manifest, samples, scores.numpy())
+        dist.barrier()
+        if process.rank == 0:
+            side.announce(step)
+
+
+def _next(side: ScorerSide, recipe: Recipe) -> tuple[int | None, bool]:
+    """`side.next()`; done as well where the run has ended while this scorer started."""
+    step, done = side.next()
+    return step, done or (step is None and _is_over(recipe))
+
+
+def _is_over(recipe: Recipe) -> bool:
+    return (Path(recipe.run) / "DONE").exists()
+
+
+def _score(scorer: Scorer, samples: list[SampleNumber], side: ScorerSide, process: Process) -> torch.Tensor:
+    """[n, s] float32 nats on the writing rank. Piece by piece, so that a large step shows that it moves."""
+    size, pieces = scorer.round_samples * ROUNDS_A_PIECE, []
+    for first in range(0, len(samples), size):
+        pieces.append(scorer.nll(samples[first : first + size])[0])
+        if process.rank == 0:
+            side.beat()
+    return torch.cat(pieces)
+
+
+def _say(process: Process, text: str) -> None:
+    if process.rank == 0:
+        print(text, file=sys.stderr, flush=True)

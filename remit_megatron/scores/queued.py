@@ -1,0 +1,152 @@
+"""Scores made beside the run: each step's come from a scorer's queue, or are made online where there is no scorer."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from remit_megatron.config import Recipe
+from remit_megatron.data.files import locked, make_folder
+from remit_megatron.data.microbatch import Microbatch, Scores
+from remit_megatron.errors import RunError, UserError
+from remit_megatron.ops.score_quanta import round_to_quanta
+from remit_megatron.run.prepare import Ready
+from remit_megatron.run.process import from_rank_0
+from remit_megatron.scores.manifest import CacheManifest
+from remit_megatron.scores.queue import KEY, RUN_LOCK, QueueManifest, RunSide
+from remit_megatron.scores.source import Filled, ScoreSource
+
+POLL_S = 0.02
+WAIT = "wait"
+ROUND_S = 5.0
+"""Rank 0 tells the others so often that it still waits, so that no collective of theirs times out."""
+
+
+def queue_manifest(recipe: Recipe, scores: CacheManifest) -> QueueManifest:
+    """What the steps' scores of a recipe are."""
+    return QueueManifest(
+        scores=scores,
+        weights=tuple(source.weight for source in recipe.data.train),
+        step_samples=recipe.global_batch_samples,
+        train_steps=recipe.train_steps,
+    )
+
+
+class Queued:
+    """Rank 0 alone reads the folder, and sends a step's scores to all: no other host's view of it counts."""
+
+    def __init__(
+        self, ready: Ready, manifest: CacheManifest, otherwise: ScoreSource | None, say: Callable[[str], None]
+    ):
+        """Nothing is written before the first `want`.
+
+        otherwise: fills the steps that have to do without a scorer; None: the run stops at the first of them.
+        """
+        reference = ready.recipe.reference
+        assert reference is not None
+        assert reference.queue is not None
+        self._recipe = ready.recipe
+        self._timeout_s = reference.queue.timeout_s
+        self._rounds = reference.rounds
+        self._order = ready.data.order
+        self._deal = ready.deal
+        self._is_last_stage = ready.groups.is_last_stage
+        self._device = ready.process.device
+        self._otherwise = otherwise
+        self._is_without = False
+        """Whether the step before had to do without a scorer."""
+        self._say = say
+        self._held = contextlib.ExitStack()
+        self._is_held = False
+        self._side = RunSide(self._recipe.queue_folder, queue_manifest(self._recipe, manifest), self._timeout_s)
+        self._found: torch.Tensor | None = None
+        self._waited = False
+
+    def want(self, step: int, *, done: bool = False) -> None:
+        """Tell the scorer which step is needed next. The first time, the folder becomes this run's.
+
+        Raises UserError where another run uses it.
+        """
+        if not self._is_held:
+            from_rank_0(self._claim, self._device)
+            self._is_held = True
+        self._is_without = False
+        from_rank_0(lambda: self._side.publish(step, done=done), self._device)
+
+    def _claim(self) -> None:
+        folder = self._recipe.queue_folder
+        make_folder(folder, KEY)
+        busy = f"{KEY}: another run uses {folder}: a scorer serves one at a time: set another reference.queue.folder"
+        try:
+            self._held.enter_context(locked(folder / RUN_LOCK, busy=busy))
+        except UserError:
+            time.sleep(1.0)  # a scorer that starts may just be looking whether anybody holds it
+            self._held.enter_context(locked(folder / RUN_LOCK, busy=busy))
+
+    def fill(self, step: int, microbatches: Sequence[Microbatch]) -> Filled:
+        """Raises RunError where there is no scorer and the recipe says to stop."""
+        started, waited = time.perf_counter(), False
+        while (reason := from_rank_0(lambda: self._look(step, started), self._device)) == WAIT:
+            waited = True
+        waited_ms = (time.perf_counter() - started) * 1e3 if waited or self._waited else 0.0
+        self._tell(step, reason)
+        if reason is None:
+            return Filled(microbatches=self._filled(microbatches), ran_reference=False, waited_ms=waited_ms)
+        assert self._otherwise is not None
+        filled = self._otherwise.fill(step, microbatches)
+        return Filled(microbatches=filled.microbatches, ran_reference=filled.ran_reference, waited_ms=waited_ms)
+
+    def _look(self, step: int, started: float) -> str | None:
+        """On rank 0: None with the scores in `_found`, WAIT, or the reason to do without. Takes ROUND_S at most."""
+        count = self._recipe.global_batch_samples
+        samples = [self._order[n] for n in range((step - 1) * count, step * count)]
+        deadline = time.perf_counter() + ROUND_S
+        self._waited = False
+        while True:
+            look = self._side.look(step, samples)
+            if look.scores is not None or (look.reason and self._otherwise):
+                self._found = None if look.scores is None else torch.from_numpy(look.scores.copy())
+                # Needed from here on is the next one; a scorer need not begin with a step that is scored here.
+                self._side.publish(step + 1)
+                return look.reason
+            if not look.wait and time.perf_counter() - started > self._timeout_s:
+                raise RunError(
+                    f"{KEY}: step {step} has no scores: {look.reason}, and fallback = 'stop' after "
+                    f"{self._timeout_s:g} s: start `remit score RECIPE --follow`, then the run again, or set "
+                    "reference.queue.fallback = 'online'"
+                )
+            if time.perf_counter() > deadline:
+                return WAIT
+            self._waited = True
+            time.sleep(POLL_S)
+
+    def _tell(self, step: int, reason: str | None) -> None:
+        """Say once that a state has changed."""
+        is_without = reason is not None
+        if is_without != self._is_without:
+            back = f"step {step}: a scorer is at work: its scores are used again"
+            self._say(f"step {step}: {reason}: scores are made online until a scorer comes" if is_without else back)
+        self._is_without = is_without
+
+    def _filled(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+        """From what rank 0 has found: scores of the whole step, of which each rank takes its own."""
+        shape = (self._recipe.global_batch_samples, self._recipe.data.sequence_length)
+        scores = self._found if self._found is not None else torch.empty(shape)
+        scores = scores.to(self._device)
+        dist.broadcast(scores, src=0)
+        self._found = None
+        if not self._is_last_stage:
+            return list(microbatches)
+        if self._rounds:
+            scores = round_to_quanta(scores)
+        rows = self._deal.microbatches(len(microbatches))
+        parts = [self._deal.cut(scores[mine.start : mine.stop]) for mine in rows]
+        return [one.with_scores(Scores(ref_nll=part)) for one, part in zip(microbatches, parts, strict=True)]
+
+    def close(self) -> None:
+        """Let another run use the folder."""
+        self._held.close()
+        if self._otherwise is not None:
+            self._otherwise.close()

@@ -1,0 +1,144 @@
+"""The scorer: scores of given samples under the reference, in any layout, as a cache stores them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from remit_megatron.config import Recipe
+from remit_megatron.data.steps import stack
+from remit_megatron.errors import UserError
+from remit_megatron.mcore import passes
+from remit_megatron.mcore.datasets import TrainingData
+from remit_megatron.mcore.graph import Replayed
+from remit_megatron.ops.score_quanta import QUANTA_PER_NAT, quantise
+from remit_megatron.run.build_plan import BuildPlan
+from remit_megatron.run.prepare import Ready
+from remit_megatron.run.reference import Reference
+from remit_megatron.scores.cache import ScoreCache, block_samples
+from remit_megatron.scores.manifest import CacheManifest, SourceScores
+
+SampleNumber = tuple[int, int]
+"""Source and number of the sample in it."""
+MEAN_ERROR_NATS = {"fp32": 1e-3, "bf16": 0.02, "fp8": 0.1}
+"""What re-scoring may differ by from stored scores, in the mean: half a quantum (1.2e-4 in the mean), and the round-off
+of another layout or microbatch in the precision. Scores of another model or of other tokens differ by tenths."""
+
+
+class ScoreError(NamedTuple):
+    """Of stored scores against new ones, over unmasked tokens."""
+
+    mean_nats: float
+    largest_nats: float
+    tokens: int
+
+
+def cache_manifest(ready: Ready) -> CacheManifest:
+    """What the scores that this recipe needs would be."""
+    return manifest_of(ready.recipe, ready.plan, ready.data, ready.tokenizer)
+
+
+def manifest_of(recipe: Recipe, plan: BuildPlan, data: TrainingData, tokenizer: str | None) -> CacheManifest:
+    """The same, where no rank has started."""
+    assert recipe.reference is not None
+    assert plan.reference_identity is not None
+    settings = recipe.data
+    masked = settings.document_mask or settings.eod_mask_loss
+    return CacheManifest(
+        reference=plan.reference_identity,
+        precision="fp8" if recipe.reference.precision == "fp8" else plan.precision,
+        tokenizer=tokenizer,
+        sequence_length=settings.sequence_length,
+        data_seed=settings.seed,
+        document_mask=settings.document_mask,
+        eod_mask_loss=settings.eod_mask_loss,
+        eod_id=data.eod_id if masked else None,
+        block_samples=block_samples(settings.sequence_length),
+        sources=tuple(
+            SourceScores(fingerprint=source.info.fingerprint, samples=count)
+            for source, count in zip(data.sources, data.order.needed(), strict=True)
+        ),
+    )
+
+
+class Scorer:
+    """Runs the reference forward-only over chosen samples. Methods are collective."""
+
+    def __init__(self, ready: Ready, reference: Reference):
+        settings, p = ready.recipe.reference, ready.recipe.parallel
+        assert settings is not None
+        self.ready = ready
+        self.reference = reference
+        self.groups = ready.groups
+        self._deal = ready.deal
+        self._merge = settings.merge_microbatches
+        self._graph = Replayed() if settings.cuda_graph else None
+        # An interleaved schedule takes whole rounds of microbatches only, and merged ones must be of one size.
+        self._round = self._merge * (p.pipeline if p.virtual_pipeline > 1 else 1)
+
+    @property
+    def round_samples(self) -> int:
+        """Samples that all data-parallel ranks score together; a multiple of it wastes nothing."""
+        return self._deal.turn_samples * self._round
+
+    def score(self, samples: Sequence[SampleNumber]) -> tuple[Tensor, Tensor]:
+        """(quanta, mask) of samples, [n, s] int32 and float32 on the CPU: whole on the last stage's ranks, 0 elsewhere.
+
+        A score that is not a number is -1.
+        """
+        nll, mask = self.nll(samples)
+        return quantise(nll), mask
+
+    def nll(self, samples: Sequence[SampleNumber]) -> tuple[Tensor, Tensor]:
+        """(NLL in nats, mask) of samples, [n, s] float32 on the CPU: whole on the last stage's ranks, 0 elsewhere."""
+        data, deal, device = self.ready.data, self._deal, self.reference.device
+        microbatches = []
+        for rows in deal.microbatches(deal.num_microbatches(len(samples), round_of=self._round)):
+            chosen = [samples[min(row, len(samples) - 1)] for row in rows]
+            microbatches.append(stack([data.sample_of(*one) for one in chosen]))
+        scores = passes.nll(self.reference.chunks, microbatches, self.groups, merge=self._merge, graph=self._graph)
+        both = torch.zeros(2, len(samples), self.ready.recipe.data.sequence_length, device=device)
+        if self.groups.is_last_stage:
+            masks = [deal.cut(one.loss_mask.to(device)).float() for one in microbatches]
+            parts = [torch.stack(pair) for pair in zip(scores, masks, strict=True)]
+            deal.collect(parts, both, lambda x: dist.all_reduce(x, group=self.groups.dp_cp))
+        nll, mask = both.cpu()
+        return nll, mask
+
+    def compare(self, cache: ScoreCache, samples: Sequence[SampleNumber]) -> ScoreError:
+        """Error of stored scores, on every rank."""
+        quanta, mask = self.score(samples)
+        stored = torch.from_numpy(np.stack([cache.quanta(s, k).astype(np.int32) for s, k in samples]))
+        error = ((quanta - stored).abs() * mask).double() / QUANTA_PER_NAT
+        sums = torch.stack([error.sum(), mask.double().sum()]) * float(self.groups.counts_loss)
+        largest = error.amax() * float(self.groups.counts_loss)
+        sums, largest = sums.to(self.reference.device), largest.to(self.reference.device)
+        dist.all_reduce(sums)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        total, tokens = (sums / self.groups.dp_cp.size()).tolist()  # each slice of the batch has counted the whole
+        return ScoreError(total / max(tokens, 1), float(largest), int(tokens))
+
+    def check(self, cache: ScoreCache, samples: Sequence[SampleNumber]) -> ScoreError:
+        """`compare`, and UserError where the stored scores are not this reference's of these samples."""
+        error = self.compare(cache, samples)
+        allowed = MEAN_ERROR_NATS[cache.manifest.precision]
+        if not error.mean_nats <= allowed:
+            raise UserError(
+                f"{cache.key}: the scores in {cache.folder} are not those of reference.path: scored again, "
+                f"{len(samples)} samples differ by {error.mean_nats:.2g} nats in the mean (allowed: {allowed:g}); run "
+                "`remit score` into another folder"
+            )
+        return error
+
+
+def random_samples(counts: Sequence[int], number: int, seed: int = 0) -> list[SampleNumber]:
+    """`number` samples, at most all, drawn without repetition from sources with so many samples each."""
+    generator = np.random.default_rng(seed)
+    total = sum(counts)
+    drawn: Any = np.sort(generator.choice(total, size=min(number, total), replace=False))
+    ends = np.cumsum(counts)
+    sources = np.searchsorted(ends, drawn, side="right")
+    return [(int(s), int(n - (ends[s] - counts[s]))) for s, n in zip(sources, drawn, strict=True)]

@@ -1,0 +1,11 @@
+"""The modules that add readers to the framework; a new one is a line here."""
+
+import importlib
+
+MODULES = ("tests.fuzz.corpora", "tests.fuzz.datasets")
+
+
+def load() -> None:
+    """Import them all, which registers their targets."""
+    for name in MODULES:
+        importlib.import_module(name)
