@@ -404,7 +404,7 @@ def test_answers_that_were_cut_are_counted(tmp_path: Path, model: Path) -> None:
 def test_commands_of_the_page() -> None:
     """tests/benchmark/test_command.py runs them; here, that each is one that the program has."""
     (block,) = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    lines = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
     assert {tuple(words[:2]) for words in lines} == {(".venv/bin/remit", "benchmark")}
     parsed = [build_parser().parse_args(words[1:]) for words in lines]
     assert [arguments.suite for arguments in parsed] == ["base", "base", "post", "base", "base", None]
