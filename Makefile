@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup smoke flywheel docker-smoke test test-slow fuzz test-slurm test-image golden lint docs bench bench-gpu clean
+.PHONY: setup smoke flywheel docker-smoke test test-slow fuzz test-slurm test-image golden lint docs bench
+.PHONY: bench-gpu clean
 
 setup: $(STAMP)
 
