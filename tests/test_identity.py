@@ -47,6 +47,11 @@ EVERY_SETTING: list[tuple[dict[str, Any], str]] = [
     ({"name": "rho1", "share": 0.6, "scope": "global"}, "fb3ff672eee2"),
     ({"name": "kd"}, "b148b128141d"),
     ({"name": "kd", "kd_alpha": 0.5, "temperature": 2.0, "top_k": 64}, "90452740cdf4"),
+    ({"name": "kd", "direction": "forward", "scale": "none"}, "b148b128141d"),
+    ({"name": "kd", "direction": "reverse", "scale": "tau_squared"}, "1b253b5ee459"),
+    ({"name": "switch"}, "3663f90a1832"),
+    ({"name": "switch", "share": 0.4, "means": "token", "scope": "sequence", "route": "random"}, "63c1421973a3"),
+    ({"name": "trkd"}, "aea27c9b3335"),
 ]
 
 

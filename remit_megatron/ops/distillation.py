@@ -82,9 +82,8 @@ def nll_and_kl(
     assert teacher.top_k >= 0, f"top_k must not be negative, got {teacher.top_k}"
     shard = Shard.of(logits.shape[-1], valid_vocab, tp_group)
     parts = _parts(labels.numel(), compared, teacher.chunk_tokens)
-    result: Tensor = _NLLAndKL.apply(
-        logits, labels, teacher, _comparison(teacher, shard), parts, is_overwritable(logits)
-    )
+    comparison = _comparison(teacher, shard)
+    result: Tensor = _NLLAndKL.apply(logits, labels, teacher, comparison, parts, is_overwritable(logits))
     return result
 
 
