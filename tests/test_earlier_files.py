@@ -12,12 +12,15 @@ import pytest
 from remit_megatron.config import dump_toml, load_recipe
 from remit_megatron.run.checkpoint import CheckpointFolder, read_meta, write_meta
 from remit_megatron.run.folder import RunFolder
+from remit_megatron.scores.block import HEADER_BYTES
 from remit_megatron.scores.cache import ScoreCache, blocks_of
 from remit_megatron.scores.manifest import CacheManifest, SourceScores
 from remit_megatron.scores.queue import QueueManifest, RunSide, ScorerSide, write_step
 from remit_megatron.train.metrics import MetricsFile
 
 LENGTH, SAMPLES = 8, 5
+EARLIER_HEADER_BYTES = 76
+"""Of a block of scores in the first format."""
 MANIFEST = CacheManifest(
     reference="a" * 32,
     precision="fp32",
@@ -56,12 +59,20 @@ def test_score_cache(earlier: Path, tmp_path: Path) -> None:
     for number in range(SAMPLES):
         assert cache.quanta(0, number).tolist() == QUANTA[number].tolist()
         assert cache.scores(0, number).tolist() == (QUANTA[number] / 2048).tolist()
+    assert "2 blocks of scores are of an earlier format" in str(cache.remark())
     again = ScoreCache.begin(tmp_path / "again", MANIFEST, "x")
     for cache in (ScoreCache.begin(folder, MANIFEST, "x"), again):
         for block in blocks_of(MANIFEST):
             quanta = QUANTA[block.first : block.first + block.samples].astype(np.int32)
             cache.write_block(block, quanta, np.ones_like(quanta))
-        assert content(cache.folder) == before
+        assert cache.remark() is None
+        written = content(cache.folder)
+        assert written.keys() == before.keys()
+        # A block says what it belongs to, which it did not: its header is another one, its scores are the same bytes.
+        for name, was in before.items():
+            old, new = (EARLIER_HEADER_BYTES, HEADER_BYTES) if name.endswith(".scores") else (0, 0)
+            assert written[name][new:] == was[old:], name
+    assert content(again.folder) == content(folder)
 
 
 def test_score_queue(earlier: Path, tmp_path: Path) -> None:

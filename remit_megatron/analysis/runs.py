@@ -15,6 +15,7 @@ import numpy as np
 from remit_megatron.analysis.plots import plot_curves
 from remit_megatron.data.files import make_folder, write_atomically
 from remit_megatron.errors import UserError
+from remit_megatron.outside import quote
 
 WARM_UP_STEPS = 3
 """Steps at the start of a run that timing leaves out: they allocate memory and build caches."""
@@ -55,7 +56,8 @@ class RunFigures:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; half a line at its end, which a run may just be writing, is left out.
 
-    Raises UserError where there is none or a line is damaged.
+    Raises UserError where there is none, a line is damaged, or steps do not rise by one from the first on: hours are a
+    sum over all of a run's steps.
     """
     path = run / "metrics.jsonl"
     try:
@@ -69,13 +71,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     lines = [_line(path, i, line) for i, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1)]
     if not lines:
         raise UserError(f"{path}: holds no step: wait for the run's first")
+    for number, line in enumerate(lines, 1):
+        if line["step"] != number:
+            raise UserError(
+                f"{path}: line {number} is of step {quote(line['step'], 40)}: steps are missing, doubled or out of "
+                "order, so neither tokens nor hours to a figure can be told: restore the file"
+            )
     return lines
 
 
 def _line(path: Path, number: int, text: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
-        tokens, step_ms = line["tokens"], line["step_ms"]
+        tokens, step_ms, _ = line["tokens"], line["step_ms"], line["step"]
         if not (tokens > 0 and 0 < step_ms < math.inf):
             raise ValueError(f"tokens = {tokens}, step_ms = {step_ms}")
     except (ValueError, TypeError, KeyError) as error:

@@ -3,11 +3,13 @@
 checkpoints/step-00000100/   Megatron's distributed checkpoint, its manifest.json and meta.json
 checkpoints/latest           the name of the newest complete one
 checkpoints/damaged-00000200 one that --fallback has passed over
+checkpoints/.replaced-00000100 for a moment, one whose step is saved again; a start after a kill brings it back
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,12 +18,15 @@ from typing import Any
 from remit_megatron.data import checksums
 from remit_megatron.data.files import fsync_folder, write_atomically, writing
 from remit_megatron.errors import DamagedError, UserError
+from remit_megatron.outside import quote, read_object
 from remit_megatron.shape import ModelShape
 
 FORMAT = 1
 NAMES = "step-" + "[0-9]" * 8
 """Of complete checkpoints; whatever else lies beside them, a copy made by hand for instance, is nobody's business."""
 IDENTITY_BYTES = 1 << 20
+LATER = ("settings", "held_out", "manifest")
+"""Fields of meta.json that are left out where they have no value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,13 @@ class Meta:
     """Identity of the reference that guided the run; see `identity`."""
     origin: dict[str, str] | None = None
     """Where the weights were converted from; none: they were trained here."""
+    settings: str | None = None
+    """Of the recipe, what a resume must have in common; see `remit_megatron.run.folder.settings_digest`. None, as in
+    `held_out` and `manifest`: written by a version that did not say it."""
+    held_out: dict[str, str] | None = None
+    """Content of the held-out sets by name: fingerprint and number of samples."""
+    manifest: str | None = None
+    """SHA-256 of the manifest.json beside it; filled in by `write_meta`."""
     format: int = FORMAT
 
     def model_shape(self) -> ModelShape:
@@ -117,8 +129,19 @@ class CheckpointFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".partial-*"):
                 shutil.rmtree(leftover)
+            self.recover()
             self.partial(step).mkdir()
         return self.partial(step)
+
+    def recover(self) -> None:
+        """Bring back what a killed process had moved aside and not replaced. For the holder of the run's lock."""
+        with writing(self.folder):
+            for aside in self.folder.glob(".replaced-*"):
+                final = self.folder / f"step-{aside.name.removeprefix('.replaced-')}"
+                if (final / "meta.json").exists():
+                    _remove(aside)
+                else:
+                    os.rename(aside, final)
 
     def commit(self, meta: Meta) -> Path:
         """Make a written checkpoint the newest one, and remove those past `keep`. Raises RunError where it cannot."""
@@ -128,11 +151,14 @@ class CheckpointFolder:
     def _commit(self, meta: Meta) -> Path:
         partial, final = self.partial(meta.step), self.folder / f"step-{meta.step:08d}"
         write_meta(partial, meta)
-        if final.exists():  # saved by an earlier process that was killed before it moved the pointer
-            _remove(final)
+        aside = self.folder / f".replaced-{meta.step:08d}"
+        if os.path.lexists(final):  # saved by an earlier process, perhaps killed before it moved the pointer
+            os.rename(final, aside)
         os.rename(partial, final)
         fsync_folder(self.folder)
         self._point_to(final)
+        if os.path.lexists(aside):
+            _remove(aside)
         # Only whole ones count towards `keep`: the last good one never goes because of damaged ones after it.
         kept = [path for path in sorted(self.folder.glob(NAMES)) if checksums.whole(path)][-self.keep :]
         for old in self.folder.glob(NAMES):
@@ -174,29 +200,45 @@ def resolve_checkpoint(path: str, key: str) -> Path:
 
 
 def write_meta(folder: Path, meta: Meta) -> None:
-    """Write meta.json, the last file of a checkpoint. Raises RunError where it cannot be written."""
-    content = asdict(meta)
+    """Write meta.json, the last file of a checkpoint, bound to the manifest there is. Raises RunError where it cannot
+    be written."""
+    content = {key: value for key, value in asdict(meta).items() if value is not None or key not in LATER}
+    if (folder / checksums.NAME).exists():
+        content["manifest"] = _manifest_digest(folder)
     content["checksum"] = checksums.own_checksum(content)
     write_atomically(folder / "meta.json", json.dumps(content, indent=1).encode())
 
 
 def read_meta(folder: Path) -> Meta:
-    """Raises UserError when meta.json is unreadable, of another format, or damaged."""
+    """Raises UserError when meta.json is unreadable, of another format, damaged, or not of this checkpoint."""
     try:
-        fields = json.loads((folder / "meta.json").read_text())
-        if fields.get("format") != FORMAT:
-            raise UserError(f"checkpoint {folder}: format {fields.get('format')}, this program reads {FORMAT}")
-        checksum = fields.pop("checksum", None)
-        meta = Meta(**fields)
-        meta.model_shape()
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        fields = read_object(folder / "meta.json")
+        if fields.get("format") == FORMAT:
+            checksum = fields.pop("checksum", None)
+            meta = Meta(**fields)
+            meta.model_shape()
+    except (UserError, ValueError, TypeError) as error:
+        reason = quote(" ".join(str(error).split()))
         raise DamagedError(
             f"checkpoint {folder}: meta.json cannot be read, or is of another version of this program: {reason}"
         ) from None
+    if fields.get("format") != FORMAT:
+        raise UserError(f"checkpoint {folder}: format {quote(fields.get('format'))}, this program reads {FORMAT}")
     if checksum != checksums.own_checksum(fields):
         raise DamagedError(f"checkpoint {folder}: meta.json has changed: its own checksum does not match")
+    if re.fullmatch(NAMES, folder.name) and int(folder.name.removeprefix("step-")) != meta.step:
+        raise DamagedError(f"checkpoint {folder}: its meta.json is of step {meta.step}: the files of two checkpoints")
+    if meta.manifest is not None:
+        checksums.read(folder)
+        if meta.manifest != _manifest_digest(folder):
+            raise DamagedError(
+                f"checkpoint {folder}: its meta.json belongs to another manifest.json than the one there"
+            )
     return meta
+
+
+def _manifest_digest(folder: Path) -> str:
+    return hashlib.sha256((folder / checksums.NAME).read_bytes()).hexdigest()
 
 
 def identity(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """One process of a run: its rank, device, process group, threads and the signals that ask it to stop."""
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from remit_megatron.config import Compute
 from remit_megatron.errors import HangError, LostRankError, RemitError, UserError
@@ -111,6 +113,17 @@ def from_rank_0(action: Callable[[], T], device: torch.device) -> T:
     if isinstance(outcome[0], RemitError):
         raise outcome[0]
     return outcome[0]
+
+
+def largest_of_ranks(value: Tensor) -> float:
+    """The largest of a scalar over all ranks, NaN where it is NaN on any: a maximum over ranks may drop that one.
+
+    value: on the device that ranks talk by. Collective.
+    """
+    both = torch.stack([value.nan_to_num(nan=-math.inf), value.isnan().to(value.dtype)])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    largest, is_nan = both.tolist()
+    return math.nan if is_nan else float(largest)
 
 
 class StopSignals:

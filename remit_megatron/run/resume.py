@@ -1,26 +1,41 @@
 """What a checkpoint says of the run it belongs to, and whether a start goes on with that run."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from remit_megatron.errors import UserError
 from remit_megatron.run.checkpoint import Meta, read_meta
+from remit_megatron.run.folder import settings_digest
 from remit_megatron.run.prepare import Ready
 
-SAME = ("shape", "data", "tokenizer", "distributed_optimizer", "precision", "reference")
-"""Fields of Meta that a start must have in common with its checkpoint; that the recipe is the run's own, the run folder
-has shown."""
+SAME = ("shape", "tokenizer", "distributed_optimizer", "precision", "reference")
+"""Fields of Meta that a start must have in common with its checkpoint, and datasets, and settings of the recipe."""
 
 
-def begin_or_resume(ready: Ready) -> Meta:
-    """Where the run stands: before its first step, or at the checkpoint that it goes on from.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a run stands at a start."""
 
-    Raises UserError where that checkpoint is of another run.
+    meta: Meta
+    """Before its first step, or that of the checkpoint that it goes on from, brought up to this start."""
+    replaced: tuple[str, ...] = ()
+    """Held-out sets that are others than those of the checkpoint, by name."""
+    remarks: tuple[str, ...] = ()
+    """What to say of it, a line each."""
+
+
+def begin_or_resume(ready: Ready, held_out: Mapping[str, str]) -> Standing:
+    """Where the run stands.
+
+    held_out: content of the held-out sets by name. Raises UserError where the checkpoint to go on from is of another
+    run.
     """
-    fresh, path = _fresh(ready), ready.plan.resume
-    return fresh if path is None else _saved(path, fresh)
+    fresh, path = _fresh(ready, held_out), ready.plan.resume
+    return Standing(meta=fresh) if path is None else _resumed(path, read_meta(path), fresh)
 
 
-def _fresh(ready: Ready) -> Meta:
+def _fresh(ready: Ready, held_out: Mapping[str, str]) -> Meta:
     recipe, plan = ready.recipe, ready.plan
     sources = zip(recipe.data.train, ready.data.sources, strict=True)
     return Meta(
@@ -31,15 +46,51 @@ def _fresh(ready: Ready) -> Meta:
         distributed_optimizer=recipe.parallel.distributed_optimizer,
         precision=plan.precision,
         reference=plan.reference_identity,
+        settings=settings_digest(recipe),
+        held_out=dict(held_out),
     )
 
 
-def _saved(path: Path, fresh: Meta) -> Meta:
-    saved = read_meta(path)
+def _resumed(path: Path, saved: Meta, fresh: Meta) -> Standing:
     for key in SAME:
         if getattr(saved, key) != getattr(fresh, key):
             raise UserError(
                 f"checkpoint {path}: its {key} is {getattr(saved, key)}, this start has {getattr(fresh, key)}: "
                 "restore what changed, or start another run folder"
             )
-    return saved
+    # By content, in the order of data.train: the same data may have come to lie elsewhere.
+    if list(saved.data.values()) != list(fresh.data.values()):
+        raise UserError(
+            f"checkpoint {path}: its data is {saved.data}, this start has {fresh.data}: restore what changed, or start "
+            "another run folder"
+        )
+    _check_settings(path, saved, fresh)
+    replaced = _replaced(saved.held_out or {}, fresh.held_out or {})
+    remarks = [
+        f"warning: data.eval.{name} is another set, or has another number of samples, than before step {saved.step}: "
+        f"eval/{name}/nll does not go on; the next one is marked with eval/{name}/replaced in metrics.jsonl"
+        for name in replaced
+    ]
+    if saved.held_out is None or saved.settings is None:
+        remarks.append(
+            f"checkpoint {path.name} is of a version that did not say which settings and held-out sets it belongs to: "
+            "those of this start are taken for them from here on"
+        )
+    meta = replace(
+        saved, data=fresh.data, settings=fresh.settings, held_out={**(saved.held_out or {}), **(fresh.held_out or {})}
+    )
+    return Standing(meta=meta, replaced=replaced, remarks=tuple(remarks))
+
+
+def _check_settings(path: Path, saved: Meta, fresh: Meta) -> None:
+    bound = saved.settings is not None
+    if (saved.settings != fresh.settings) if bound else (saved.recipe != fresh.recipe):
+        remedy = "" if bound else " (with all settings as they were when it was written, until its next checkpoint)"
+        raise UserError(
+            f"checkpoint {path} was trained with another recipe than this run's recipe.toml: restore the run's own "
+            f"checkpoints{remedy}, or start another run folder"
+        )
+
+
+def _replaced(saved: Mapping[str, str], fresh: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(name for name in fresh if saved.get(name, fresh[name]) != fresh[name])

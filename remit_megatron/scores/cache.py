@@ -1,51 +1,30 @@
 """Reference scores on disk: 2 bytes a token, in blocks with checksums, keyed by source and number of the sample.
 
 PATH/manifest.json              what the scores belong to, and how many samples of each source are scored
-PATH/source-000/00000012.scores one block: header with the payload's SHA-256, then uint16 [samples, s]
+PATH/source-000/00000012.scores one block (scores/block.py): what it belongs to, a checksum, uint16 [samples, s]
 
 A block's file is complete or absent, and its bytes follow from the manifest and its number alone. So scoring resumes
 after any kill, shards work in one folder or are merged by copying their files together, and the result is the same.
 """
 
-import hashlib
-import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
 from remit_megatron.data.files import locked, make_folder, write_atomically, writing
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.ops.score_quanta import LARGEST, QUANTA_PER_NAT
+from remit_megatron.scores.block import REMEDY, Block, BlockHeader, check_header, pack, read_header, verified
 from remit_megatron.scores.manifest import CacheManifest, SourceScores, check_same
 
 BLOCK_BYTES = 4 << 20
 VERIFY_BYTES = 256 << 20
 """A cache is read whole at start up to this size; a larger one block by block, before a block's first use."""
 MAX_SATURATED_SHARE = 1e-3
-MAGIC = b"RMSCORE1"
-HEADER = struct.Struct("<8sIQIIQQ32s")
-
-
-class Block(NamedTuple):
-    """A range of samples of one source."""
-
-    source: int
-    number: int
-    first: int
-    samples: int
-
-
-class BlockHeader(NamedTuple):
-    samples: int
-    saturated: int
-    """Tokens at the largest score that can be stored."""
-    tokens: int
-    """Unmasked tokens."""
-    payload_sha256: bytes
 
 
 def blocks_of(manifest: CacheManifest) -> list[Block]:
@@ -118,13 +97,10 @@ class ScoreCache:
                 f"the reference's score of sample {block.first + sample}, position {position} of source {block.source} "
                 "is not a number: its weights or its precision are broken"
             )
-        payload = quanta.astype("<u2").tobytes()
-        saturated, tokens = int(((quanta == LARGEST) & (mask > 0)).sum()), int((mask > 0).sum())
-        header = (MAGIC, block.source, block.first, *quanta.shape, saturated, tokens, hashlib.sha256(payload).digest())
         path = self._path(block.source, block.number)
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-        write_atomically(path, HEADER.pack(*header) + payload)
+        write_atomically(path, pack(block, quanta, mask, self.manifest.belongs_to(block.source)))
 
     def is_whole(self, block: Block) -> bool:
         """Whether a block is there and undamaged."""
@@ -181,13 +157,27 @@ class ScoreCache:
 
     def saturated_share(self) -> float:
         """Share of scored tokens at the largest score, over the blocks that are there."""
-        headers = [self._header(block) for block in blocks_of(self.manifest) if self._is_there(block)]
+        headers = self._headers()
         return sum(h.saturated for h in headers) / max(1, sum(h.tokens for h in headers))
 
+    def remark(self) -> str | None:
+        """What to say of blocks that name no manifest; None where all do."""
+        unbound = sum(header.belongs_to is None for header in self._headers())
+        return (
+            f"{self.folder}: {unbound} blocks of scores are of an earlier format, which does not say what they belong "
+            "to: they are used, and compared with the reference by reference.check_samples alone"
+            if unbound
+            else None
+        )
+
     def check_saturation(self) -> None:
-        """Raises UserError where more than MAX_SATURATED_SHARE of the tokens are saturated."""
+        """Raises UserError where more than MAX_SATURATED_SHARE of the tokens are saturated, RunError where damage to a
+        block makes it look so."""
         share = self.saturated_share()
         if share > MAX_SATURATED_SHARE:
+            for block in blocks_of(self.manifest):
+                if self._is_there(block):
+                    self._verified(block)
             raise UserError(
                 f"{self.key}: {self.folder} has {share:.2%} of its tokens at the largest score that it can hold ("
                 f"{LARGEST / QUANTA_PER_NAT:.2f} nats): such a reference does not know these data; score online instead"
@@ -202,12 +192,12 @@ class ScoreCache:
         it is made again."""
         try:
             with self._path(block.source, block.number).open("rb") as stream:
-                magic, source, first, samples, *_ = HEADER.unpack(stream.read(HEADER.size))
+                header = read_header(stream)
         except FileNotFoundError:
             return False
         except (OSError, struct.error):
             return True
-        return (magic, source, first) != (MAGIC, block.source, block.first) or samples >= block.samples
+        return (header.source, header.first) != (block.source, block.first) or header.samples >= block.samples
 
     def _source_of(self, i: int, wanted: SourceScores) -> int:
         fingerprints = [one.fingerprint for one in self.manifest.sources]
@@ -263,15 +253,15 @@ class ScoreCache:
         path = self._path(block.source, block.number)
         try:
             with path.open("rb") as stream:
-                magic, source, first, samples, length, *rest = HEADER.unpack(stream.read(HEADER.size))
-                here = (magic, source, first, length)
-                if here != (MAGIC, block.source, block.first, self.manifest.sequence_length) or samples < block.samples:
-                    raise RunError(
-                        f"{path}: its header is not that of this block; delete it and run `remit score` again"
-                    )
-                yield BlockHeader(samples, *rest), stream
+                header = read_header(stream)
+                length, belongs_to = self.manifest.sequence_length, self.manifest.belongs_to(block.source)
+                check_header(path, header, block, length, belongs_to)
+                yield header, stream
         except (OSError, struct.error) as error:
-            raise RunError(f"{path}: cannot be read: {error}; delete it and run `remit score` again") from None
+            raise RunError(f"{path}: cannot be read: {error}; {REMEDY}") from None
+
+    def _headers(self) -> list[BlockHeader]:
+        return [self._header(block) for block in blocks_of(self.manifest) if self._is_there(block)]
 
     def _header(self, block: Block) -> BlockHeader:
         with self._opened(block) as (header, _):
@@ -279,15 +269,5 @@ class ScoreCache:
 
     def _verified(self, block: Block) -> np.ndarray:
         """A block's quanta [samples, s], mapped, after a look at every byte."""
-        path = self._path(block.source, block.number)
         with self._opened(block) as (header, stream):
-            shape = (header.samples, self.manifest.sequence_length)
-            if os.fstat(stream.fileno()).st_size != HEADER.size + 2 * shape[0] * shape[1]:
-                raise RunError(f"{path}: its size is not that of its content; delete it and run `remit score` again")
-            quanta = np.memmap(stream, dtype="<u2", mode="r", offset=HEADER.size, shape=shape)
-        if hashlib.sha256(np.ascontiguousarray(quanta).data).digest() != header.payload_sha256:
-            raise RunError(
-                f"{path}: its SHA-256 is not the one in its header, so it was damaged; delete it and run `remit score` "
-                "again"
-            )
-        return quanta
+            return verified(self._path(block.source, block.number), stream, header)

@@ -46,6 +46,12 @@ class CacheManifest(BaseModel):
     block_samples: int = Field(ge=1)
     sources: tuple[SourceScores, ...]
 
+    def belongs_to(self, source: int) -> bytes:
+        """SHA-256 of all that scores of one source depend on; not of how many there are, nor of other sources."""
+        content = self.model_dump(mode="json", exclude={"sources"})
+        content["fingerprint"] = self.sources[source].fingerprint
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+
     def write(self, folder: Path) -> None:
         """Write manifest.json durably, with a checksum of its own."""
         content = self.model_dump(mode="json")

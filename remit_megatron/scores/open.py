@@ -14,7 +14,7 @@ from remit_megatron.scores.cached import Cached
 from remit_megatron.scores.kept import Kept
 from remit_megatron.scores.online import Online
 from remit_megatron.scores.queued import Queued
-from remit_megatron.scores.scorer import Scorer, cache_manifest, random_samples
+from remit_megatron.scores.scorer import Scorer, cache_manifest
 from remit_megatron.scores.source import ScoreSource
 
 
@@ -42,8 +42,7 @@ def open_source(
     if settings.scores is not None:
         cache = open_cache(ready, Path(settings.scores), "reference.scores")
         if reference is not None:
-            samples = random_samples(ready.data.order.needed(), settings.check_samples)
-            Scorer(ready, reference).check(cache, samples)
+            Scorer(ready, reference).check(cache, settings.check_samples)
         return Cached(cache, ready.groups, ready.process.device)
     source: ScoreSource | None = Online(frozen, objective) if reference is not None else None
     if settings.queue is not None:

@@ -12,6 +12,7 @@ from remit_megatron.data.microbatch import Microbatch
 from remit_megatron.mcore import fp8, passes
 from remit_megatron.mcore.step import ForwardStep
 from remit_megatron.objectives import Remit
+from remit_megatron.run.process import largest_of_ranks
 from remit_megatron.run.reference import Reference
 
 
@@ -57,6 +58,5 @@ def _over_ranks(values: list[Tensor], counted: bool, device: torch.device) -> Er
     sums = torch.stack([mine.square().sum(), mine.new_tensor(float(len(mine)))])
     largest = mine.abs().amax() if len(mine) else mine.new_zeros(())
     dist.all_reduce(sums)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     squares, count = sums.tolist()
-    return Error(math.sqrt(squares / max(count, 1)), float(largest), int(count))
+    return Error(math.sqrt(squares / max(count, 1)), largest_of_ranks(largest), int(count))

@@ -14,7 +14,7 @@ from remit_megatron.run.prepare import prepare
 from remit_megatron.run.process import Process, from_rank_0, joined_process
 from remit_megatron.scores.cache import Block, ScoreCache, blocks_of
 from remit_megatron.scores.open import open_cache
-from remit_megatron.scores.scorer import Scorer, cache_manifest, random_samples
+from remit_megatron.scores.scorer import Scorer, cache_manifest
 
 KEY = "remit score"
 
@@ -42,7 +42,7 @@ def score_on(recipe: Recipe, folder: Path, process: Process, shard: tuple[int, i
     assert reference is not None
     scorer = Scorer(ready, reference)
     if check:
-        error = scorer.check(open_cache(ready, folder, KEY), random_samples(ready.data.order.needed(), check))
+        error = scorer.check(open_cache(ready, folder, KEY), check)
         if process.rank == 0:
             print(json.dumps({"samples": check, **error._asdict()}))
         return
@@ -77,6 +77,8 @@ def _score_blocks(scorer: Scorer, cache: ScoreCache, shard: tuple[int, int], pro
             file=sys.stderr,
             flush=True,
         )
+        if remark := cache.remark():
+            print(remark, file=sys.stderr, flush=True)
     from_rank_0(cache.check_saturation, process.device)
 
 

@@ -1,5 +1,7 @@
 """The scorer: scores of given samples under the reference, in any layout, as a cache stores them."""
 
+import math
+import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from remit_megatron.mcore.graph import Replayed
 from remit_megatron.ops.score_quanta import QUANTA_PER_NAT, quantise
 from remit_megatron.run.build_plan import BuildPlan
 from remit_megatron.run.prepare import Ready
+from remit_megatron.run.process import from_rank_0, largest_of_ranks
 from remit_megatron.run.reference import Reference
 from remit_megatron.scores.cache import ScoreCache, block_samples
 from remit_megatron.scores.manifest import CacheManifest, SourceScores
@@ -109,21 +112,30 @@ class Scorer:
         return nll, mask
 
     def compare(self, cache: ScoreCache, samples: Sequence[SampleNumber]) -> ScoreError:
-        """Error of stored scores, on every rank."""
+        """Error of stored scores, on every rank; NaN where the reference gives an unmasked token none."""
         quanta, mask = self.score(samples)
         stored = torch.from_numpy(np.stack([cache.quanta(s, k).astype(np.int32) for s, k in samples]))
-        error = ((quanta - stored).abs() * mask).double() / QUANTA_PER_NAT
-        sums = torch.stack([error.sum(), mask.double().sum()]) * float(self.groups.counts_loss)
-        largest = error.amax() * float(self.groups.counts_loss)
-        sums, largest = sums.to(self.reference.device), largest.to(self.reference.device)
+        error = (quanta - stored).abs().double() / QUANTA_PER_NAT
+        error = error.masked_fill(quanta < 0, math.nan).masked_fill(mask == 0, 0.0)
+        if not self.groups.counts_loss:
+            error, mask = torch.zeros_like(error), torch.zeros_like(mask)
+        sums = torch.stack([error.sum(), mask.double().sum()]).to(self.reference.device)
+        largest = largest_of_ranks(error.amax().to(self.reference.device))
         dist.all_reduce(sums)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         total, tokens = (sums / self.groups.dp_cp.size()).tolist()  # each slice of the batch has counted the whole
-        return ScoreError(total / max(tokens, 1), float(largest), int(tokens))
+        return ScoreError(total / max(tokens, 1), largest, int(tokens))
 
-    def check(self, cache: ScoreCache, samples: Sequence[SampleNumber]) -> ScoreError:
-        """`compare`, and UserError where the stored scores are not this reference's of these samples."""
+    def check(self, cache: ScoreCache, number: int) -> ScoreError:
+        """`compare` so many samples, other ones at each start. Raises UserError where their stored scores are not this
+        reference's."""
+        seed = from_rank_0(lambda: secrets.randbits(32), self.reference.device)
+        samples = random_samples(self.ready.data.order.needed(), number, seed)
         error = self.compare(cache, samples)
+        if not math.isfinite(error.mean_nats):
+            raise UserError(
+                f"reference.path: its score of a token among {len(samples)} samples is not a number: a weight of "
+                f"{self.ready.plan.reference_path} is broken, or its precision is"
+            )
         allowed = MEAN_ERROR_NATS[cache.manifest.precision]
         if not error.mean_nats <= allowed:
             raise UserError(
@@ -134,7 +146,7 @@ class Scorer:
         return error
 
 
-def random_samples(counts: Sequence[int], number: int, seed: int = 0) -> list[SampleNumber]:
+def random_samples(counts: Sequence[int], number: int, seed: int) -> list[SampleNumber]:
     """`number` samples, at most all, drawn without repetition from sources with so many samples each."""
     generator = np.random.default_rng(seed)
     total = sum(counts)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from remit_megatron.mcore import datasets
 from remit_megatron.scores.cached import Cached
+from remit_megatron.scores.kept import Kept
 from remit_megatron.scores.precision import precision_error
 from remit_megatron.train.setup import SetUp
 from remit_megatron.train.student import Student
@@ -17,6 +18,7 @@ def start_lines(parts: SetUp) -> Iterator[str]:
     for path, problem in parts.passed_over.items():
         yield f"--fallback: {path.name} is passed over and set aside: {problem}"
     start = f"resumes from {plan.resume.name}" if plan.resume else f"starts from {plan.init or 'random weights'}"
+    yield from parts.remarks
     yield f"{recipe.run}: {objective.name}, {plan.shape.num_parameters() / 1e6:,.1f}M parameters, {start}"
     yield (
         f"{ready.groups.world_size} ranks on {ready.process.device.type}: tensor {p.tensor}, pipeline {p.pipeline} x "
@@ -27,6 +29,8 @@ def start_lines(parts: SetUp) -> Iterator[str]:
         yield objective.remark
     if isinstance(parts.source, Cached):
         yield f"the reference's scores come from {parts.source.cache.folder}"
+    if isinstance(parts.source, Cached | Kept) and (remark := parts.source.cache.remark()):
+        yield f"warning: {remark}"
     for source in ready.data.sources:
         for warning in source.info.warnings:
             yield f"warning: {warning}"

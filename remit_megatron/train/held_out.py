@@ -28,6 +28,13 @@ class Evaluator:
             )
             for name, path in recipe.data.eval.items()
         }
+        self.replaced: tuple[str, ...] = ()
+        """Sets that hold something else than before the run was interrupted: their next line says so."""
+
+    @property
+    def content(self) -> dict[str, str]:
+        """What each set's figure is of, by name: fingerprint and number of samples."""
+        return {name: f"{one.source.info.fingerprint}/{one.length}" for name, one in self.sets.items()}
 
     @property
     def eod_id(self) -> int | None:
@@ -36,7 +43,8 @@ class Evaluator:
 
     @torch.no_grad()
     def run(self, chunks: list[Any], device: torch.device) -> dict[str, float]:
-        """`eval/<name>/nll` of each set. Collective."""
+        """`eval/<name>/nll` of each set; `eval/<name>/replaced` = 1 at its first after the set was another one.
+        Collective."""
         for chunk in chunks:
             chunk.eval()
         results = {}
@@ -46,6 +54,8 @@ class Evaluator:
                 results[f"eval/{name}/nll"] = nll
         for chunk in chunks:
             chunk.train()
+        results |= {f"eval/{name}/replaced": 1 for name in self.replaced if f"eval/{name}/nll" in results}
+        self.replaced = ()
         return results
 
     def _nll(self, held_out: datasets.HeldOut, chunks: list[Any], device: torch.device) -> float | None:

@@ -48,11 +48,21 @@ def start(
     """Set a run up, and claim its folder. Collective; see `train` for what is raised."""
     outputs, watchdog = Outputs(status or Status(Path(recipe.run))), watchdog or Watchdog()
     parts = set_up(recipe, process, outputs.say, fallback=fallback)
-    # Everything that a mistake could stop is behind us: from here on the run folder is written to.
+    try:
+        return _start(parts, outputs, watchdog)
+    except BaseException:
+        parts.folder.release()
+        raise
+
+
+def _start(parts: SetUp, outputs: Outputs, watchdog: Watchdog) -> "Trainer":
+    """Everything that a mistake could stop is behind us: from here on the run folder is written to."""
+    recipe, process = parts.ready.recipe, parts.ready.process
     _claim(parts, outputs)
     student, progress = _student(parts), Progress(parts.meta)
     loader = _loader(parts)
     saver = Saver(
+        parts.folder,
         parts.checkpoints,
         student,
         parts.reference,
@@ -116,8 +126,12 @@ class Trainer:
         if self.parts.source:
             self.parts.source.want(total + 1, done=True)
         self.watchdog.ending()
-        from_rank_0(lambda: self.outputs.status.done(total), self.parts.ready.process.device)
+        from_rank_0(lambda: self._done(total), self.parts.ready.process.device)
         self.outputs.say(f"{recipe.run}: done, {progress.meta.tokens:,} tokens")
+
+    def _done(self, step: int) -> None:
+        self.parts.folder.check_in_place()
+        self.outputs.status.done(step)
 
     def close(self) -> None:
         """End threads, and let go of files and locks."""
@@ -129,7 +143,7 @@ class Trainer:
 
 
 def _claim(parts: SetUp, outputs: Outputs) -> None:
-    """Make the folder this run's. Raises UserError where another process has it."""
+    """Make the folder this run's, if it is not yet. Raises UserError where another process has it."""
     ready, resume = parts.ready, parts.ready.plan.resume
     from_rank_0(parts.folder.claim, ready.process.device)
     outputs.status.claimed()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from remit_megatron.data.files import writing
+from remit_megatron.data.files import write_atomically, writing
 from remit_megatron.errors import RunError, UserError
 
 NAMES = ("loss", "nll", "ref_nll", "gap", "weight", "weight_sq", "clipped_low", "clipped_high", "selected", "kl")
@@ -70,18 +70,17 @@ def read(ratios: dict[str, tuple[float, float]]) -> dict[str, float]:
 
 class MetricsFile:
     """metrics.jsonl: one line a step, full precision. Lines after `resumed_step` are dropped at start, whatever a crash
-    of the machine has made of them. Raises UserError where one before is damaged.
+    of the machine has made of them. Raises UserError where one before is damaged, or steps do not rise.
 
     A line that a full disk refuses is kept and written with the next; a checkpoint is not made without it.
     """
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
-        lines = _lines_until(path, resumed_step)
-        temporary = path.with_name(f".{path.name}.new")
+        lines, self.missing = _lines_until(path, resumed_step)
+        """Steps before the checkpoint that have no line, in words; None where all have one."""
+        write_atomically(path, "".join(lines).encode())
         with writing(path):
-            temporary.write_text("".join(lines))
-            os.replace(temporary, path)
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._pending = b""
         self._warned = False
@@ -119,17 +118,35 @@ class MetricsFile:
         os.close(self._descriptor)
 
 
-def _lines_until(path: Path, last_step: int) -> list[str]:
-    """The lines up to that step's, which were made durable with its checkpoint; half a line may follow, or worse."""
+def _lines_until(path: Path, last_step: int) -> tuple[list[str], str | None]:
+    """The lines up to that step's, which were made durable with its checkpoint, and the steps that have none. Half a
+    line may follow, or worse."""
     lines: list[str] = []
-    step = 0
+    missing: list[str] = []
+    before = 0
     for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
-        if step >= last_step or not line.endswith("\n"):
+        if before >= last_step or not line.endswith("\n"):
             break
-        try:
-            step = int(json.loads(line)["step"])
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}: line {len(lines) + 1} is damaged: restore it, or move the file away") from None
+        step = _step_of(path, len(lines) + 1, line)
+        if step <= before:
+            raise UserError(
+                f"{path}: line {len(lines) + 1} is of step {step} and follows step {before}: restore the file, or move "
+                "it away to go on without its lines"
+            )
+        missing += _range(before + 1, min(step - 1, last_step))
+        before = min(step, last_step)
         if step <= last_step:
             lines.append(line)
-    return lines
+    missing += _range(before + 1, last_step)
+    return lines, ", ".join(missing) or None
+
+
+def _step_of(path: Path, number: int, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        raise UserError(f"{path}: line {number} is damaged: restore it, or move the file away") from None
+
+
+def _range(first: int, last: int) -> list[str]:
+    return [] if last < first else [str(first) if first == last else f"{first} to {last}"]

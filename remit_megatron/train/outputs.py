@@ -29,6 +29,11 @@ class Outputs:
         self._loggers = Loggers(folder.path, recipe, meta.step, meta.loggers)
         for text in first_lines:
             self.say(text)
+        if self._metrics.missing:
+            self.say(
+                f"warning: metrics.jsonl has no line of step {self._metrics.missing}: it was cut or removed since the "
+                "checkpoint was written; curves and hours made of it lack these steps"
+            )
 
     @property
     def identities(self) -> dict[str, str] | None:

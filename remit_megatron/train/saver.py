@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta
+from remit_megatron.run.folder import RunFolder
 from remit_megatron.run.process import Process, from_rank_0
 from remit_megatron.run.reference import Reference
 from remit_megatron.run.watchdog import Watchdog
@@ -18,6 +19,7 @@ class Saver:
 
     def __init__(
         self,
+        folder: RunFolder,
         checkpoints: CheckpointFolder,
         student: Student,
         reference: Reference | None,
@@ -28,6 +30,7 @@ class Saver:
         *,
         asynchronous: bool,
     ):
+        self.folder = folder
         self.checkpoints = checkpoints
         self.student = student
         self.reference = reference
@@ -61,14 +64,14 @@ class Saver:
         meta = self.progress.meta
         if self.outputs.identities is not None:
             meta = Meta(**{**asdict(meta), "loggers": self.outputs.identities})
-        from_rank_0(self.outputs.sync, self.process.device)
+        from_rank_0(self._ready, self.process.device)
         if self._background:
             self._background.wait()
         partial = self.checkpoints.partial(meta.step)
         from_rank_0(lambda: self.checkpoints.begin(meta.step), self.process.device)
 
         def commit() -> None:
-            from_rank_0(lambda: self.checkpoints.commit(meta) and None, self.process.device)
+            from_rank_0(lambda: self._commit(meta), self.process.device)
             self.outputs.status.saved(meta.step)
 
         if self._background:
@@ -78,3 +81,12 @@ class Saver:
         else:
             dist_checkpoint.save(partial, chunks, optimizer)
             commit()
+
+    def _ready(self) -> None:
+        """On rank 0: the folder is still the run's, and the lines that the checkpoint counts on are safe."""
+        self.folder.check_in_place()
+        self.outputs.sync()
+
+    def _commit(self, meta: Meta) -> None:
+        self.folder.check_in_place()
+        self.checkpoints.commit(meta)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.config import Recipe
+from remit_megatron.data.sources import check_sources
 from remit_megatron.fit import num_microbatches
 from remit_megatron.mcore.step import ForwardStep
 from remit_megatron.objectives import Objective
@@ -39,6 +40,8 @@ class SetUp:
     """Damaged checkpoints newer than the one to go on from, with what is wrong with each."""
     meta: Meta
     """Where the run stands."""
+    remarks: tuple[str, ...]
+    """What to say of how the run goes on."""
     chunks: list[Any]
     """The student's, bare, with its initial weights."""
     config: Any
@@ -61,16 +64,45 @@ def set_up(recipe: Recipe, process: Process, say: Callable[[str], None], *, fall
 
     Raises UserError, on every rank alike, for the first thing that is wrong.
     """
-    objective, folder = recipe.build_objective(), RunFolder(Path(recipe.run), recipe)
-    from_rank_0(folder.check, process.device)
+    folder = RunFolder(Path(recipe.run), recipe)
     checkpoints = CheckpointFolder(folder.path / "checkpoints", recipe.checkpoint.keep)
+    try:
+        from_rank_0(lambda: _hold(folder, checkpoints), process.device)
+        return _set_up(recipe, process, say, folder, checkpoints, fallback)
+    except BaseException:
+        folder.release()
+        raise
+
+
+def _hold(folder: RunFolder, checkpoints: CheckpointFolder) -> None:
+    """On rank 0: what the run's folder holds is planned with only when nobody else can change it."""
+    folder.hold()
+    if folder.is_held:
+        checkpoints.recover()
+
+
+def _set_up(
+    recipe: Recipe,
+    process: Process,
+    say: Callable[[str], None],
+    folder: RunFolder,
+    checkpoints: CheckpointFolder,
+    fallback: bool,
+) -> SetUp:
+    objective = recipe.build_objective()
     whole, passed_over = newest_whole(checkpoints, process.device) if fallback else (None, {})
     ready = prepare(recipe, process, resume=whole)
     count = num_microbatches(recipe, process.world_size)
-    vocab_size = ready.plan.shape.vocab_size
-    check_documents(recipe, ready.data.eod_id, vocab_size)
+    check_documents(recipe, ready.data.eod_id, ready.plan.shape.vocab_size)
     check_optional_parts(recipe)
-    evaluator = Evaluator(recipe, ready.groups, vocab_size, ready.tokenizer)
+    evaluator = Evaluator(recipe, ready.groups, ready.plan.common_rows, ready.tokenizer)
+    check_sources(
+        [source.info for source in ready.data.sources],
+        {name: held_out.source.info for name, held_out in evaluator.sets.items()},
+        recipe.data.eod_id,
+    )
+    standing = begin_or_resume(ready, evaluator.content)
+    evaluator.replaced = standing.replaced
     chunks, config = build_student(recipe, ready.plan, process.device)
     reference = build_reference(recipe, ready.plan, process.device)
     records = open_records(recipe, evaluator.sets, objective, reference, ready.groups, process.device)
@@ -83,7 +115,8 @@ def set_up(recipe: Recipe, process: Process, say: Callable[[str], None], *, fall
         folder=folder,
         checkpoints=checkpoints,
         passed_over=passed_over,
-        meta=begin_or_resume(ready),
+        meta=standing.meta,
+        remarks=standing.remarks,
         chunks=chunks,
         config=config,
         reference=reference if frozen.chunks else None,

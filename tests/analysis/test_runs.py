@@ -100,7 +100,7 @@ def test_mistakes(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixtur
         '{"tokens": "5", "step_ms": 1.0}',
         '{"tokens": 5, "step_ms": 0}',
     ):
-        (runs[1] / "metrics.jsonl").write_text('{"tokens": 1, "step_ms": 1.0}\n' + line + "\n")
+        (runs[1] / "metrics.jsonl").write_text('{"step": 1, "tokens": 1, "step_ms": 1.0}\n' + line + "\n")
         with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is no valid JSON of a step .*: restore the file"):
             read_metrics(runs[1])
     out = tmp_path / "none"
@@ -137,3 +137,21 @@ def test_names_that_pictures_and_tables_would_take_for_markup(tmp_path: Path) ->
     odd = write_run(tmp_path / "_a|$b$", {20: 2.0})
     text = write_runs([odd, write_run(tmp_path / "c", {20: 1.0})], METRIC, tmp_path / "out")
     assert r"| _a\|$b$ |" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda lines: lines * 10, 21),
+        (lambda lines: lines[:5] + lines[9:], 6),
+        (lambda lines: lines[3:], 1),
+        (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], 3),
+    ],
+)
+def test_steps_that_are_not_all_there_once(tmp_path: Path, change: Any, line: int) -> None:
+    """Ten copies of a file would make ten hours of one."""
+    run = write_run(tmp_path / "run", {20: 1.5})
+    path = run / "metrics.jsonl"
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match=f"line {line} is of step .*: restore the file"):
+        read_metrics(run)

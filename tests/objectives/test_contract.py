@@ -108,7 +108,7 @@ import sys
 from pathlib import Path
 from remit_megatron.config import dump_toml, load_recipe
 from remit_megatron.objectives.settings import OBJECTIVES, parse_objective
-for path in Path("launch/recipes").rglob("*.toml"):
+for path in [*Path("launch/recipes").glob("*.toml"), *Path("examples/smoke/recipes").glob("*.toml")]:
     dump_toml(load_recipe(path))
     load_recipe(path).fingerprint()
 for name in OBJECTIVES:

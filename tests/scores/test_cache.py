@@ -1,5 +1,6 @@
 """A cache of scores without a model: what fits it, and what others may do to it while a run reads."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,52 @@ def test_a_damaged_block_that_a_run_does_not_need(tmp_path: Path) -> None:
     assert ScoreCache.open(tmp_path, manifest_of(4)).scores(0, 0).tolist() == [x / 2048 for x in (0, 1, 2, 3)]
     with pytest.raises(UserError, match=r"source-001/00000000.scores: its SHA-256 is not the one in its header"):
         ScoreCache.open(tmp_path, manifest_of(4, 7))
+
+
+def test_blocks_of_other_scores_are_refused_and_made_again(tmp_path: Path) -> None:
+    """Copied into one folder, as shards are: of another reference, of another dataset, of another number."""
+    manifest = manifest_of(7, 7)
+    fill(ScoreCache.begin(tmp_path / "good", manifest, "--output"))
+    good = ScoreCache.open(tmp_path / "good", manifest)
+    assert good.remark() is None
+    dataset = manifest.model_copy(update={"sources": (SourceScores(fingerprint="x", samples=7),)})
+    others = {"reference": manifest_of(7, 7, reference="other"), "dataset": dataset}
+    for name, other in others.items():
+        fill(ScoreCache.begin(tmp_path / name, other, "--output"))
+        for number in range(3):
+            mixed = tmp_path / f"{name} {number}"
+            shutil.copytree(tmp_path / "good", mixed)
+            shutil.copyfile(tmp_path / name / "source-000" / f"{number:08d}.scores", path_of(mixed, number))
+            with pytest.raises(
+                RunError, match=rf"0{number}\.scores: its scores are of another reference, precision or"
+            ):
+                ScoreCache.open(mixed, manifest)
+            cache = ScoreCache.begin(mixed, manifest, "--output")
+            assert [block.number for block in blocks_of(manifest) if not cache.is_whole(block)] == [number]
+            fill(cache)
+            assert path_of(mixed, number).read_bytes() == path_of(tmp_path / "good", number).read_bytes()
+
+
+def test_no_bit_of_a_block_may_change(tmp_path: Path) -> None:
+    """Statistics in the header, which decide whether a reference knows the data, are as safe as the scores."""
+    manifest = manifest_of(3)
+    fill(ScoreCache.begin(tmp_path, manifest, "--output"))
+    path, (block,) = path_of(tmp_path, 0), blocks_of(manifest)
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        cache = ScoreCache(tmp_path, manifest)
+        assert not cache.is_whole(block), f"bit {bit % 8} of byte {bit // 8}"
+        with pytest.raises((UserError, RunError), match=r"00000000\.scores"):
+            ScoreCache.open(tmp_path, manifest)
+    fill(cache)
+    assert path.read_bytes() == whole
+
+
+def path_of(folder: Path, number: int) -> Path:
+    return folder / "source-000" / f"{number:08d}.scores"
 
 
 def test_two_processes_do_not_write_one_shard(tmp_path: Path) -> None:

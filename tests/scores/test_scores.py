@@ -12,7 +12,8 @@ import pytest
 from remit_megatron.config import parse_recipe
 from remit_megatron.errors import RemitError
 from remit_megatron.run.checkpoint import read_meta, write_meta
-from remit_megatron.scores.cache import HEADER, ScoreCache, blocks_of
+from remit_megatron.scores.block import HEADER_BYTES
+from remit_megatron.scores.cache import ScoreCache, blocks_of
 from remit_megatron.scores.manifest import CacheManifest
 from tests.objectives.around import Around
 from tests.ranks import run_ranks
@@ -104,9 +105,9 @@ def test_content_on_disk(folder: Path, scores: Path) -> None:
     """Two bytes a token, one file a block of ten samples, and what is stored is the reference's NLL."""
     files = sorted(scores.rglob("*.scores"))
     assert [p.name for p in files] == [f"{i:08d}.scores" for i in range(10)]
-    payload = sum(p.stat().st_size - HEADER.size for p in files)
+    payload = sum(p.stat().st_size - HEADER_BYTES for p in files)
     assert payload == 12 * SAMPLES * SEQUENCE * 2
-    steps = np.concatenate([np.frombuffer(p.read_bytes()[HEADER.size :], dtype="<u2") for p in files])
+    steps = np.concatenate([np.frombuffer(p.read_bytes()[HEADER_BYTES:], dtype="<u2") for p in files])
     assert steps.std() > 100
     # The run's steps read these samples in this order, each once.
     online = [line["ref_nll"] for line in metrics(folder, "scores online")]
@@ -174,7 +175,7 @@ def test_other_layouts_and_batches(folder: Path, scores: Path) -> None:
         assert content(other).keys() == whole.keys()
         for name, data in content(other).items():
             if name.endswith(".scores"):
-                a, b = (np.frombuffer(x[HEADER.size :], dtype="<u2").astype(int) for x in (data, whole[name]))
+                a, b = (np.frombuffer(x[HEADER_BYTES:], dtype="<u2").astype(int) for x in (data, whole[name]))
                 assert np.abs(a - b).max() <= 1
                 assert (a != b).mean() < 0.02
 
@@ -293,7 +294,7 @@ def test_each_misfit_is_refused_by_name(folder: Path, scores: Path) -> None:
     def flip(path: Path) -> None:
         file = path / "source-000" / "00000003.scores"
         data = bytearray(file.read_bytes())
-        data[HEADER.size + 77] ^= 4
+        data[HEADER_BYTES + 77] ^= 4
         file.write_bytes(data)
 
     def edit(path: Path) -> None:
@@ -321,7 +322,7 @@ def test_each_misfit_is_refused_by_name(folder: Path, scores: Path) -> None:
     run = "scores refused"
     more = {"schedule": {"train_tokens": 20 * SEQUENCE * SAMPLES}}
     bf16 = {"compute": {"precision": "bf16"}}
-    other_data = {"data": {"train": [{"path": str(folder / "held")}]}, **more}
+    other_data = {"data": {"train": [{"path": str(folder / "held")}], "eval": {}}, **more}
     cases = {
         "the reference's weights": cached(folder, run, scores, reference={"path": str(base)}),
         "data.sequence_length": cached(folder, run, scores, data={"sequence_length": 8}),

@@ -29,3 +29,35 @@ def test_damage_before_it_is_refused(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     MetricsFile(path, 0).close()
     assert path.read_bytes() == b""
+
+
+CASES = {
+    "cut": ([1, 2, 3], "4 to 9"),
+    "gone": ([], "1 to 9"),
+    "a gap": ([1, 2, 5, 6, 7, 9], "3 to 4, 8"),
+    "no beginning": ([8, 9, 10], "1 to 7"),
+    "a jump over the checkpoint": ([1, 12], "2 to 9"),
+    "whole": ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_missing_steps_are_named(tmp_path: Path, name: str) -> None:
+    steps, missing = CASES[name]
+    path = tmp_path / "metrics.jsonl"
+    if steps:
+        path.write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    file = MetricsFile(path, 9)
+    assert file.missing == missing
+    file.close()
+    assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in steps if step <= 9)
+
+
+@pytest.mark.parametrize(("steps", "line"), [([1, 2, 2, 3], 3), ([1, 3, 2], 3), ([0, 1], 1), ([1, 2, 3] * 2, 4)])
+def test_steps_rise(tmp_path: Path, steps: list[int], line: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"line {line} is of step"):
+        MetricsFile(path, 4)
+    assert path.read_bytes() == before
