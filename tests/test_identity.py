@@ -16,6 +16,7 @@ SHIPPED = {
     "olmo2_1b_public_ntp.toml": "d0ad67e08ddd",
     "olmo2_1b_public_remit.toml": "159c39682b05",
     "olmo2_1b_remit.toml": "563532c5bed4",
+    "olmo2_1b_switch.toml": "2aa0f1b15fc2",
     "smoke/base.toml": "0f94dafa742d",
     "smoke/ntp.toml": "9de722de9448",
     "smoke/reference.toml": "2c820a4b879a",

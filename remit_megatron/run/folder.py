@@ -12,6 +12,7 @@ from remit_megatron.config import Recipe, load_recipe
 from remit_megatron.data.files import Lock, locked, write_atomically
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.objectives.settings import Rho1Settings
+from remit_megatron.objectives.settings_routed import SwitchSettings, TRKDSettings
 
 OURS = ("logs", "status.json", "queue")
 """What a start that failed before its first step, or a scorer that came first, may leave behind."""
@@ -127,7 +128,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         source.pop("path")
     if recipe.reference is not None:
         settings["reference"] = True
-    if isinstance(recipe.objective, Rho1Settings) and recipe.objective.scope == "microbatch":
+    objective = recipe.objective
+    if isinstance(objective, Rho1Settings | SwitchSettings | TRKDSettings) and objective.scope == "microbatch":
         settings["batch"]["microbatch_samples"] = recipe.batch.microbatch_samples
     return settings
 
