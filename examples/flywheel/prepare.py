@@ -146,7 +146,7 @@ def write_model_files(folder: Path, tokenizer: Tokenizer) -> None:
 def make_base(out: Path, like: Path, quick: bool) -> int:
     """Pre-train on statements, and export."""
     remit = [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli"]
-    sets = {"run": out / "base-run", "data.tokenizer": out / "data/tokenizer.json"}
+    sets: dict[str, Any] = {"run": out / "base-run", "data.tokenizer": out / "data/tokenizer.json"}
     sets |= {"data.train": f'[{{path = "{out / "data/statements"}"}}]'}
     sets |= {"schedule.train_tokens": 4096, "schedule.warmup_tokens": 1024} if quick else {}
     line = [*remit, "train", str(HERE / "base.toml")]
