@@ -34,7 +34,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def accuracy(model: Any, tokenizer: Any, texts: list[str], rows: list[dict[str, Any]]) -> float:
+def accuracy(model: Any, tokenizer: Any, texts: list[Any], rows: list[dict[str, Any]]) -> float:
     """The share of right final numbers."""
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     made = model.generate(
