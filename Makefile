@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup smoke docker-smoke test test-slow fuzz test-slurm test-image golden lint docs bench bench-gpu clean
+.PHONY: setup smoke flywheel docker-smoke test test-slow fuzz test-slurm test-image golden lint docs bench
+.PHONY: bench-gpu clean
 
 setup: $(STAMP)
 
@@ -16,6 +17,13 @@ $(STAMP): pyproject.toml
 
 smoke: setup
 	$(BIN)/python -m examples.smoke --out runs/smoke
+
+flywheel: setup
+	$(BIN)/python -c "import trl" 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[post]"
+	$(BIN)/python examples/flywheel/prepare.py
+	$(BIN)/remit flywheel run examples/flywheel/wheel.toml --until r2-remit-mid
+	$(BIN)/remit flywheel status examples/flywheel/wheel.toml
+	$(BIN)/remit flywheel report examples/flywheel/wheel.toml
 
 docker-smoke:
 	examples/smoke/container.sh

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from remit_megatron.data.manifest import tokenizer_hash
+from remit_megatron.data.tokenizer import parse_tokenizer, tokenizer_hash
 from remit_megatron.errors import UserError
 from remit_megatron.outside import quote, read_bytes, read_object
 
@@ -348,12 +348,7 @@ def limit_threads() -> None:
 
 
 def _load_hf(content: str, path: Path) -> Any:
-    from tokenizers import Tokenizer
-
     try:
-        tokenizer = Tokenizer.from_str(content)
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for every malformed file
-        raise UserError(f"{path}: `tokenizers` cannot load it: {quote(str(error))}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        return parse_tokenizer(content)
+    except ValueError as error:
+        raise UserError(f"{path}: `tokenizers` cannot load it: {error}") from None

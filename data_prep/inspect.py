@@ -14,9 +14,9 @@ from remit_megatron.data.manifest import (
     fingerprint,
     manifest_path,
     quick_verify,
-    tokenizer_hash,
     verify_content,
 )
+from remit_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
 from remit_megatron.errors import UserError
 
 PERCENTILES = (1, 10, 50, 90, 99)
@@ -135,11 +135,7 @@ def peek(prefix: str, document: int, *, tokenizer: str | None = None, max_tokens
     more = f" (the first {max_tokens})" if len(ids) > max_tokens else ""
     lines = [f"document {document} of {info.num_documents}: {len(ids)} tokens{more}", " ".join(map(str, shown))]
     if tokenizer:
-        from tokenizers import Tokenizer
-
-        path = Path(tokenizer)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        lines.append(Tokenizer.from_file(str(file)).decode(shown, skip_special_tokens=False))
+        lines.append(load_tokenizer(tokenizer, "--tokenizer").decode(shown, skip_special_tokens=False))
     else:
         lines.append("(name --tokenizer to see the text)")
     return "\n".join(lines)

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from remit_megatron.config import Recipe
-from remit_megatron.data.manifest import quick_verify, tokenizer_hash
+from remit_megatron.data.manifest import quick_verify
+from remit_megatron.data.tokenizer import tokenizer_hash
 from remit_megatron.errors import UserError
 
 MANY_EPOCHS = 4.0

@@ -49,15 +49,17 @@ def check_recipe(recipe: Recipe, ranks: int | None = None) -> str:
         lines.append(
             f"reference  {plan.reference_shape.num_parameters() / 1e6:,.1f}M parameters, {plan.reference_path}"
         )
+        if plan.note:
+            lines.append(f"           {plan.note}")
     made_with, infos = recipe_tokenizer(recipe), []
     for source in recipe.data.train:
-        infos.append(quick_verify(source.path, vocab_size=plan.shape.vocab_size, tokenizer_hash=made_with))
+        infos.append(quick_verify(source.path, vocab_size=plan.common_rows, tokenizer_hash=made_with))
         lines.append(f"data       {source.path}: {infos[-1].num_tokens:,} tokens, weight {source.weight:g}")
     made_with = check_tokenizers(recipe, plan, infos)
     check_documents(recipe, end_of_document(infos, recipe.data.eod_id), plan.shape.vocab_size)
     held_out = {}
     for name, path in recipe.data.eval.items():
-        held_out[name] = quick_verify(path, vocab_size=plan.shape.vocab_size, tokenizer_hash=made_with)
+        held_out[name] = quick_verify(path, vocab_size=plan.common_rows, tokenizer_hash=made_with)
         lines.append(f"held out   {name}: {path}: {held_out[name].num_tokens:,} tokens")
     check_sources(infos, held_out, recipe.data.eod_id)
     return "\n".join(lines)

@@ -38,8 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands. The functions that they name import what they need when they run."""
     from data_prep import cli as data_cli
     from remit_megatron.analysis import cli as analysis_cli
+    from remit_megatron.benchmark import cli as benchmark_cli
     from remit_megatron.convert import cli as convert_cli
-    from remit_megatron.eval import cli as benchmark_cli
+    from remit_megatron.flywheel import cli as flywheel_cli
     from remit_megatron.posttrain import cli as post_cli
 
     parser = argparse.ArgumentParser(prog="remit", description="ReMiT mid-training on Megatron-Core.")
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     data_cli.add_parser(commands)
     convert_cli.add_parser(commands)
     benchmark_cli.add_parser(commands)
+    flywheel_cli.add_parser(commands)
     post_cli.add_parser(commands)
     return parser
 

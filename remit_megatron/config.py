@@ -19,13 +19,8 @@ from pydantic import (
 
 from remit_megatron import toml
 from remit_megatron.errors import UserError
-from remit_megatron.objectives.settings import (
-    Need,
-    NTPSettings,
-    ObjectiveSettings,
-    check_by_sample,
-    parse_objective,
-)
+from remit_megatron.objectives.needs import OF_THE_DISTRIBUTION, ObjectiveSettings
+from remit_megatron.objectives.settings import NTPSettings, check_by_sample, parse_objective
 from remit_megatron.sections import (
     Batch,
     Checkpoint,
@@ -162,11 +157,6 @@ class Recipe(Section):
             raise UserError(
                 f"[reference] is given but objective.name = '{objective.name}' uses none: remove one of them"
             )
-        if Need.ENTROPY in objective.needs:
-            raise UserError(
-                f"objective.name = '{objective.name}' needs the entropy of the reference's distribution, which no "
-                "source of scores of a recipe gives: a script of one's own can (docs/plugin.md)"
-            )
         if self.compute.loss_head == "sequence_chunks":
             check_by_sample(objective)
         self._check_scores()
@@ -197,7 +187,7 @@ class Recipe(Section):
                 f"reference.queue.timeout_s = {reference.queue.timeout_s:g} is not under watchdog.step_timeout_s = "
                 f"{self.watchdog.step_timeout_s:g}: a step that waits for a scorer would be taken for a hang"
             )
-        if Need.DISTRIBUTION in objective.needs:
+        if objective.needs & OF_THE_DISTRIBUTION:
             key = "scores" if reference.scores else "write_scores" if reference.write_scores else "queue"
             raise UserError(
                 f"reference.{key} is for one number a token, and objective.name = '{objective.name}' needs the "

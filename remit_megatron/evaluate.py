@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from remit_megatron.config import Recipe
 from remit_megatron.data.files import writing
+from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.errors import UserError
 from remit_megatron.fit import check_document_mask
 from remit_megatron.mcore.generate import greedy
@@ -72,7 +73,7 @@ def _figures(
 def _exact_match(
     model: Any, tokenizer: Any, cases: list[dict[str, str]], max_new_tokens: int, eod: int, groups: Groups
 ) -> dict[str, Any]:
-    prompts = [tokenizer.encode(case["prompt"]).ids for case in cases]
+    prompts = [tokenizer.encode(case["prompt"], add_special_tokens=False).ids for case in cases]
     generated = greedy(model, prompts, max_new_tokens=max_new_tokens, eod_id=eod, groups=groups)
     answers = [boxed_answer(tokenizer.decode(ids)) for ids in generated]
     correct = sum(answer == case["answer"] for answer, case in zip(answers, cases, strict=True))
@@ -92,18 +93,9 @@ def boxed_answer(text: str) -> str | None:
 
 def open_tokenizer(recipe: Recipe) -> Any:
     """The tokenizer of data.tokenizer. Raises UserError where the recipe names none that can be read."""
-    from tokenizers import Tokenizer
-
     if recipe.data.tokenizer is None:
         raise UserError("decoding needs data.tokenizer: a tokenizer.json, or a folder with one")
-    path = Path(recipe.data.tokenizer)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f"data.tokenizer: {path} does not exist")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises no narrower one
-        raise UserError(f"data.tokenizer: {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    return load_tokenizer(recipe.data.tokenizer, "data.tokenizer")
 
 
 def _read_problems(path: str) -> list[dict[str, str]]:

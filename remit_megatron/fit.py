@@ -5,7 +5,7 @@
 
 from remit_megatron.config import Parallel, Recipe
 from remit_megatron.errors import UserError
-from remit_megatron.objectives.settings import Need
+from remit_megatron.objectives.needs import OF_THE_DISTRIBUTION
 from remit_megatron.shape import ModelShape, check_layout
 
 
@@ -30,10 +30,11 @@ def check_models(recipe: Recipe, shape: ModelShape, reference: ModelShape | None
     check_document_mask(recipe)
     if reference is None:
         return
-    if reference.vocab_size != shape.vocab_size:
+    if reference.vocab_size != shape.vocab_size and recipe.objective.needs & OF_THE_DISTRIBUTION:
         raise UserError(
-            f"reference.path: its vocabulary has {reference.vocab_size} rows, the model's {shape.vocab_size}: both "
-            "must have been trained with one tokenizer"
+            f"reference.path: its vocabulary has {reference.vocab_size} rows, the model's {shape.vocab_size}: "
+            f"'{recipe.objective.name}' compares distributions, which have to be over the same rows: choose an "
+            "objective that reads the label's loss alone"
         )
     check_layout(reference, recipe.parallel, "reference")
 
@@ -93,7 +94,7 @@ def check_graph(recipe: Recipe, device_type: str) -> None:
         "model.implementation = 'local'": recipe.model.implementation == "local",
         "parallel.tensor, pipeline and context = 1": p.tensor == p.pipeline == p.context == 1,
         "data.document_mask = false": not recipe.data.document_mask,
-        "an objective that takes scores": Need.DISTRIBUTION not in recipe.objective.needs,
+        "an objective that takes scores": not recipe.objective.needs & OF_THE_DISTRIBUTION,
     }
     unmet = [condition for condition, met in reasons.items() if not met]
     if unmet:

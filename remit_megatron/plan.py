@@ -9,13 +9,16 @@ from pathlib import Path
 
 from remit_megatron import flops
 from remit_megatron.config import Parallel, Recipe
+from remit_megatron.data.tokenizer import tokenizer_hash
 from remit_megatron.errors import UserError
 from remit_megatron.fit import check_fit, num_microbatches
 from remit_megatron.hf.config import read_json
-from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import is_hf_folder
+from remit_megatron.hf.mapping import read_shape
+from remit_megatron.hf.tokenizer import has_tokenizer
 from remit_megatron.presets import student_shape
-from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
+from remit_megatron.run.build_plan import check_pair
+from remit_megatron.run.checkpoint import Meta, read_meta, resolve_checkpoint
 from remit_megatron.shape import ModelShape
 
 GB = 1e9
@@ -147,12 +150,16 @@ def plan(recipe: Recipe, num_gpus: int, gpu: str = "H100", mfu: float = 0.4) -> 
         raise UserError(f"--gpu {gpu} is unknown; known: {', '.join(flops.PEAK_DENSE_BF16)}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu:g} is no share between 0 and 1")
-    shape = student_shape(recipe, _known_shape(recipe.model.init, "model.init"))
+    init = _known(recipe.model.init, "model.init")
+    shape = student_shape(recipe, init.model_shape() if init else None)
     reference, assumed = None, ""
     if recipe.reference is not None:
-        reference = _known_shape(recipe.reference.path, "reference.path")
-        if reference is None:
-            reference, assumed = shape, " (not on this machine: taken to be of the student's size)"
+        known = _known(recipe.reference.path, "reference.path")
+        reference = known.model_shape() if known else shape
+        if known is None:
+            assumed = " (not on this machine: taken to be of the student's size)"
+        elif init or recipe.model.init is None:
+            check_pair(recipe, shape, init, known)
     count = check_fit(recipe, shape, reference, device_type="cuda", num_ranks=num_gpus)
     p = recipe.parallel
     data = num_gpus // (p.tensor * p.pipeline * p.context)
@@ -173,13 +180,14 @@ def plan(recipe: Recipe, num_gpus: int, gpu: str = "H100", mfu: float = 0.4) -> 
     return "\n".join(lines)
 
 
-def _known_shape(path: str | None, key: str) -> ModelShape | None:
-    """The shape of a model that is on this machine; None of one that is not."""
+def _known(path: str | None, key: str) -> Meta | None:
+    """Shape and tokenizer of a model that is on this machine, no weights read; None of one that is not."""
     if path is None or not Path(path).exists():
         return None
-    if is_hf_folder(path):
-        return read_shape(read_json(Path(path) / "config.json"), Path(path) / "config.json")
-    return read_meta(resolve_checkpoint(path, key)).model_shape()
+    if not is_hf_folder(path):
+        return read_meta(resolve_checkpoint(path, key))
+    shape = read_shape(read_json(Path(path) / "config.json"), Path(path) / "config.json")
+    return Meta(shape=shape.model_dump(), tokenizer=tokenizer_hash(path) if has_tokenizer(Path(path)) else None)
 
 
 def _memory_table(recipe: Recipe, shape: ModelShape, reference: ModelShape | None, num_gpus: int) -> list[str]:

@@ -123,6 +123,9 @@ class Reference(Section):
     """Microbatches that the reference scores in one pass."""
     precision: Literal["same", "fp8"] = "same"
     """`fp8`: the layers' linears multiply in 8 bits. What that does to scores and weights is measured at the start."""
+    allow_added_tokens: bool = False
+    """Accept a reference whose tokenizer has other added tokens than the student's: ids differ where a text spells one.
+    """
     cuda_graph: bool = False
     """Replay the reference's pass as a CUDA graph, checked against the pass itself at the start and every 200 passes.
     For one GPU a model (no tensor, pipeline or context parallelism). Its activations stay allocated."""

@@ -84,7 +84,7 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _keys_at(section: type[BaseModel], where: list[str]) -> list[str]:
     for name in where:
-        if name.isdigit():
+        if name.isdigit() or name not in section.model_fields:  # a place in a list, a name that the user chose
             continue
         annotation = section.model_fields[name].annotation
         section = next(t for t in _flatten(annotation) if isinstance(t, type) and issubclass(t, BaseModel))

@@ -143,7 +143,7 @@ MUTANTS = (
         WEIGHTS,
     ),
     Mutant(
-        "weights: masked tokens counted", WEIGHTS_FILE, "steps, kept.long(),", "steps, torch.ones_like(steps),", WEIGHTS
+        "weights: masked tokens counted", WEIGHTS_FILE, "fixed, kept.long(),", "fixed, torch.ones_like(fixed),", WEIGHTS
     ),
     Mutant(
         "weights: masked by a product",

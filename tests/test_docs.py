@@ -18,7 +18,7 @@ from launch.environment import RULES
 from launch.local import run_local
 from remit_megatron.cli import build_parser
 from remit_megatron.config import Recipe
-from remit_megatron.objectives.settings import ObjectiveSettings
+from remit_megatron.objectives.needs import ObjectiveSettings
 from remit_megatron.sections import Section
 
 ROOT = Path(__file__).parents[1]

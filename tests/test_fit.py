@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from remit_megatron.check import check_recipe
 from remit_megatron.config import Parallel, Recipe, parse_recipe
 from remit_megatron.errors import UserError
 from remit_megatron.plan import plan
-from remit_megatron.run.checkpoint import Meta, write_meta
+from remit_megatron.run.checkpoint import Meta, read_meta, write_meta
 from remit_megatron.shape import resolve_shape
 from tests.train.runs import SEQUENCE, make_data, remit
 
@@ -144,4 +145,17 @@ def test_plan_and_check_see_the_layout_of_a_scorer(folder: Path) -> None:
     settings["reference"]["queue"] = {"parallel": {"tensor": 4}}
     for look in (lambda r: plan(r, 1), lambda r: check_recipe(r, 1)):
         with pytest.raises(UserError, match=r"reference.queue: reference\.num_query_groups = 2 does not"):
+            look(parse_recipe(settings))
+
+
+def test_plan_and_check_see_other_tokenizers(folder: Path) -> None:
+    """Of the same size, and both known: what check refuses, plan refuses as well."""
+    for name, tokenizer in (("ours", "a" * 64), ("theirs", "b" * 64)):
+        meta = read_meta(folder / "base")
+        (folder / name).mkdir()
+        write_meta(folder / name, replace(meta, shape=meta.shape | {"num_layers": 4}, tokenizer=tokenizer))
+    settings = remit(folder, "run", parallel={}, reference={"path": str(folder / "theirs")})
+    settings["model"] = {"init": str(folder / "ours")}
+    for look in (lambda r: plan(r, 1), lambda r: check_recipe(r, 1)):
+        with pytest.raises(UserError, match=r"reference.path: its tokenizer is not that of model.init"):
             look(parse_recipe(settings))

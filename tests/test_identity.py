@@ -8,7 +8,9 @@ import pytest
 from remit_megatron.config import dump_toml, load_recipe, parse_recipe
 from tests.test_config import minimal
 
-RECIPES = Path(__file__).parent.parent / "launch/recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "launch/recipes"
+SMOKE = ROOT / "examples/smoke/recipes"
 SHIPPED = {
     "olmo2_1b_ntp.toml": "3a8ac31dfe2e",
     "olmo2_1b_public_ntp.toml": "d0ad67e08ddd",
@@ -45,12 +47,18 @@ EVERY_SETTING: list[tuple[dict[str, Any], str]] = [
     ({"name": "rho1", "share": 0.6, "scope": "global"}, "fb3ff672eee2"),
     ({"name": "kd"}, "b148b128141d"),
     ({"name": "kd", "kd_alpha": 0.5, "temperature": 2.0, "top_k": 64}, "90452740cdf4"),
+    ({"name": "kd", "direction": "forward", "scale": "none"}, "b148b128141d"),
+    ({"name": "kd", "direction": "reverse", "scale": "tau_squared"}, "1b253b5ee459"),
+    ({"name": "switch"}, "3663f90a1832"),
+    ({"name": "switch", "share": 0.4, "means": "token", "scope": "sequence", "route": "random"}, "63c1421973a3"),
+    ({"name": "trkd"}, "aea27c9b3335"),
 ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_of_the_shipped_recipes(name: str) -> None:
-    assert load_recipe(RECIPES / name).fingerprint() == SHIPPED[name]
+    path = SMOKE / name.removeprefix("smoke/") if name.startswith("smoke/") else RECIPES / name
+    assert load_recipe(path).fingerprint() == SHIPPED[name]
 
 
 @pytest.mark.parametrize(("objective", "fingerprint"), EVERY_SETTING)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from remit_megatron.config import dump_toml, parse_recipe
-from remit_megatron.hf.families import read_shape, tensor_names
+from remit_megatron.hf.mapping import read_shape, tensor_shapes
 from tests.train.runs import SEQUENCE, VOCAB, make_data, settings
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def run_all(commands: list[list[str]], folder: Path) -> list[Done]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Datasets, recipes, a run's metrics, and Hugging Face folders whose tensors are there by name."""
+    """Datasets, recipes, a run's metrics, and Hugging Face folders."""
     folder = tmp_path_factory.mktemp("quick")
     make_data(folder)
     for name in ("one", "two"):
@@ -91,8 +91,10 @@ def write_hf_folder(folder: Path) -> None:
         "hidden_act": "silu",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    names = [name for group in tensor_names(read_shape(config, folder)).values() for name in group]
-    save_file({name: np.zeros(1, dtype=np.float32) for name in names}, folder / "model.safetensors")
+    tensors = {
+        name: np.zeros(sizes, dtype=np.float32) for name, sizes in tensor_shapes(read_shape(config, folder)).items()
+    }
+    save_file(tensors, folder / "model.safetensors")
     tokens = {f"t{i}": i for i in range(VOCAB)}
     tokenizer = {
         "version": "1.0",

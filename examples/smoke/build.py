@@ -16,7 +16,7 @@ from data_prep.writer import write_dataset
 from examples.smoke import arithmetic, corpus
 from examples.smoke import tokenizer as smoke_tokenizer
 from remit_megatron.data.files import write_atomically
-from remit_megatron.data.manifest import tokenizer_hash
+from remit_megatron.data.tokenizer import tokenizer_hash
 from remit_megatron.errors import RemitError
 
 RECORD = "build.json"

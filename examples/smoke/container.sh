@@ -21,7 +21,7 @@ if [[ $engine != buildah ]]; then
     exec "$engine" run --rm --init "$image" "$@"
 fi
 
-# buildah needs no daemon, and with these settings neither user namespaces nor overlay mounts: it works inside a container.
+# buildah needs no daemon, and with these settings neither user namespaces nor overlay mounts: it works in a container.
 buildah=(buildah --storage-driver vfs)
 [[ -z ${BUILDAH_STORE:-} ]] || buildah+=(--root "$BUILDAH_STORE/store" --runroot "$BUILDAH_STORE/run")
 "${buildah[@]}" bud --isolation chroot --format docker --target cpu-smoke --tag "localhost/$image" "${build_args[@]}" .

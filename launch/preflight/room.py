@@ -6,8 +6,8 @@ from pathlib import Path
 from remit_megatron.config import Recipe
 from remit_megatron.errors import RemitError, RunError
 from remit_megatron.hf.config import read_json
-from remit_megatron.hf.families import read_shape
 from remit_megatron.hf.folder import is_hf_folder
+from remit_megatron.hf.mapping import read_shape
 from remit_megatron.presets import preset_shape
 from remit_megatron.run.checkpoint import CheckpointFolder, read_meta, resolve_checkpoint
 from remit_megatron.shape import resolve_shape

@@ -13,6 +13,7 @@ import torch
 
 from remit_megatron.analysis.comparison import Comparison, ModelTokens
 from remit_megatron.config import Recipe
+from remit_megatron.data.tokenizer import same_tokenizer
 from remit_megatron.errors import UserError
 from remit_megatron.fit import check_document_mask
 from remit_megatron.mcore import datasets, dist_checkpoint, passes
@@ -100,17 +101,15 @@ def _find_all(recipe: Recipe, paths: dict[str, str]) -> dict[str, tuple[Path, Me
                 f"--models {name}: the vocabulary of {path} has {shape.vocab_size} rows, the reference's "
                 f"{theirs.model_shape().vocab_size}: models are compared token by token, so they must share a tokenizer"
             )
-        tokenizers = [_tokenizer(meta), _tokenizer(theirs)]
-        if None not in tokenizers and tokenizers[0] != tokenizers[1]:
+        one, other = _tokenizer(meta), _tokenizer(theirs)
+        if one and other and not same_tokenizer(one, other):
             raise UserError(f"--models {name}: {path} was made with another tokenizer than the reference")
     return found
 
 
-def _tokenizer(meta: Meta) -> tuple[str, str] | None:
-    """What is known of a model's tokenizer: of converted models and of trained ones it is known by different hashes."""
-    if meta.origin is not None:
-        return ("origin", meta.origin["tokenizer"]) if "tokenizer" in meta.origin else None
-    return None if meta.tokenizer is None else ("data", meta.tokenizer)
+def _tokenizer(meta: Meta) -> str | None:
+    """Identity of a model's tokenizer: of the folder it was converted from, or of the datasets it was trained on."""
+    return (meta.origin or {}).get("tokenizer") or meta.tokenizer
 
 
 def _weights(

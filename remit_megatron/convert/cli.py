@@ -19,6 +19,7 @@ def add_parser(commands: Any) -> None:
     one.add_argument("source", metavar="HF_FOLDER", help="folder, or a hub id org/name[@revision]")
     one.add_argument("checkpoint", metavar="CHECKPOINT", help="new folder")
     one.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as stored")
+    _add_allow_key(one)
     one.set_defaults(func=_import)
 
     two = actions.add_parser("export", help="a checkpoint to a Hugging Face folder")
@@ -27,6 +28,7 @@ def add_parser(commands: Any) -> None:
     two.add_argument("--like", required=True, metavar="HF_FOLDER", help="where config and tokenizer are taken from")
     two.add_argument("--dtype", choices=DTYPES, help="type of the tensors; default: as stored")
     two.add_argument("--max-shard-gb", type=float, default=5.0, help="largest safetensors file, in 1e9 bytes")
+    _add_allow_key(two)
     two.set_defaults(func=_export)
 
     three = actions.add_parser("verify", help="float32 logits of a folder and a checkpoint; exit 1 if they differ")
@@ -39,7 +41,19 @@ def add_parser(commands: Any) -> None:
     four = actions.add_parser("check", help="would these two do as student and reference?")
     four.add_argument("base", metavar="BASE", help="folder or hub id")
     four.add_argument("reference", metavar="REFERENCE", help="folder or hub id")
+    four.add_argument("--allow-added-tokens", action="store_true", help="accept tokens that one tokenizer has added")
+    _add_allow_key(four)
     four.set_defaults(func=_check)
+
+
+def _add_allow_key(parser: Any) -> None:
+    parser.add_argument(
+        "--allow-key",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a key of config.json that the program does not know, and that you know to change nothing",
+    )
 
 
 def _dtype(name: str | None) -> Any:
@@ -50,40 +64,48 @@ def _dtype(name: str | None) -> Any:
 
 def _import(arguments: argparse.Namespace) -> int:
     from remit_megatron.convert.hub import local_folder
+    from remit_megatron.convert.place import check_target
+    from remit_megatron.hf.config import read_json
+    from remit_megatron.hf.mapping import read_shape
 
+    # What can be refused is refused before torch and Megatron are imported, which takes seconds.
+    check_target(Path(arguments.checkpoint))
     source = local_folder(arguments.source, "HF_FOLDER")
+    read_shape(read_json(source / "config.json"), source / "config.json", arguments.allow_key)
     from remit_megatron.convert.importer import import_folder
 
-    kind = import_folder(source, Path(arguments.checkpoint), _dtype(arguments.dtype))
+    kind = import_folder(source, Path(arguments.checkpoint), _dtype(arguments.dtype), allowed_keys=arguments.allow_key)
     print(f"{arguments.checkpoint}: converted from {arguments.source}, weights in {kind}")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from remit_megatron.convert.hub import local_folder
+    from remit_megatron.convert.place import check_target
 
     if not 0 < arguments.max_shard_gb < math.inf:
         raise UserError(f"--max-shard-gb {arguments.max_shard_gb:g}: a number above 0 is expected")
+    check_target(Path(arguments.target))
     like = local_folder(arguments.like, "--like")
     from remit_megatron.convert.exporter import export_checkpoint
 
-    export_checkpoint(
+    written = export_checkpoint(
         arguments.checkpoint,
         Path(arguments.target),
         like,
         _dtype(arguments.dtype),
         int(arguments.max_shard_gb * 1e9),
+        allowed_keys=arguments.allow_key,
     )
-    print(f"{arguments.target}: written from {arguments.checkpoint}")
+    print(f"{arguments.target}: {'written' if written else 'was there already, made'} from {arguments.checkpoint}")
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from remit_megatron.convert.hub import local_folder
-
-    folder = local_folder(arguments.source, "HF_FOLDER")
     from remit_megatron.convert.verify import TEXT, compare_logits
 
+    folder = local_folder(arguments.source, "HF_FOLDER")
     agreement = compare_logits(folder, arguments.checkpoint, arguments.text or TEXT)
     print(agreement)
     if not agreement.largest <= arguments.tolerance:  # also for NaN
@@ -95,7 +117,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from remit_megatron.convert.hub import local_folder
     from remit_megatron.convert.pair import check_pair
 
-    pair = check_pair(local_folder(arguments.base, "BASE"), local_folder(arguments.reference, "REFERENCE"))
+    base, reference = local_folder(arguments.base, "BASE"), local_folder(arguments.reference, "REFERENCE")
+    pair = check_pair(base, reference, arguments.allow_added_tokens, arguments.allow_key)
     for line in pair.notes:
         print(f"note   {line}")
     for line in pair.wrong:

@@ -1,24 +1,24 @@
 """From a checkpoint to a Hugging Face folder."""
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from remit_megatron.convert.place import already_there, check_target, claimed, finish
 from remit_megatron.convert.progress import ByteProgress
 from remit_megatron.convert.weights import Place, places
-from remit_megatron.errors import UserError
+from remit_megatron.data.files import write_atomically
+from remit_megatron.errors import RemitError, UserError
 from remit_megatron.hf import layout, tokenizer
 from remit_megatron.hf.config import read_json, with_both_rope_keys
-from remit_megatron.hf.families import family_of, read_shape
-from remit_megatron.hf.folder import write_tensors
+from remit_megatron.hf.folder import HFFolder, made_of, write_tensors
+from remit_megatron.hf.mapping import family_of, read_shape
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import stored_dtype, whole_model
-from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
+from remit_megatron.run.checkpoint import identity, read_meta, resolve_checkpoint
 from remit_megatron.shape import ModelShape
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -31,36 +31,42 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     quiet: bool = False,
-) -> None:
-    """Write a checkpoint, saved in any layout, as the new Hugging Face folder `target`.
+    allowed_keys: Collection[str] = (),
+) -> bool:
+    """Write a checkpoint, saved in any layout, as the new Hugging Face folder `target`; False where it was there.
 
     like: a folder of the same architecture, whose config, generation config and tokenizer files are taken over; its
-    weights are not read. dtype: of the tensors; default: as stored. The RoPE base is the checkpoint's. Raises
-    UserError, and leaves nothing behind, when the two do not fit together.
+    weights are not read. dtype: of the tensors; default: as stored. The RoPE base is the checkpoint's. allowed_keys: of
+    the folder's config.json, beside those that the checkpoint was imported with. Raises UserError, and leaves nothing
+    behind, when the two do not fit together, RunError where the disk refuses.
     """
+    check_target(target)
     path = resolve_checkpoint(checkpoint, "CHECKPOINT")
-    shape = read_meta(path).model_shape()
+    meta = read_meta(path)
+    shape = meta.model_shape()
     config = read_json(like / "config.json")
-    check_alike(shape, read_shape(config, like / "config.json"), like)
-    if target.exists():
-        raise UserError(f"{target}: exists already: name a new folder, or remove it")
-    if not target.parent.is_dir():
-        raise UserError(f"{target.parent}: is no folder: make it first")
+    known = (meta.origin or {}).get("allowed_keys", "").split()
+    check_alike(shape, read_shape(config, like / "config.json", {*allowed_keys, *known}), like)
     stored = stored_dtype(path)
     dtype = dtype or stored
-    with whole_model(shape, stored) as model:
-        dist_checkpoint.load_model(path, [model])
-        found = places(model, shape)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+    source = f"{identity(path)} {str(dtype).removeprefix('torch.')} {max_shard_bytes}"
+    texts = _texts(like, config, shape, dtype)
+    with claimed(target) as partial:
+        if target.exists():
+            if not _holds(target, source, texts):
+                raise already_there(target)
+            return False
+        with whole_model(shape, stored) as model:
+            dist_checkpoint.load_model(path, [model])
+            found = places(model, shape)
             sizes = {name: place.part.numel() * dtype.itemsize for name, place in found.items()}
+            partial.mkdir()
             with ByteProgress(f"writing {target}", sum(sizes.values()), quiet) as progress:
-                write_tensors(partial, _tensors(found, dtype, progress), sizes, max_shard_bytes)
-            _write_config(partial, like, config, shape, dtype)
-            partial.chmod(0o755)
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+                write_tensors(partial, _tensors(found, dtype, progress), sizes, max_shard_bytes, source)
+            for name, content in texts.items():
+                write_atomically(partial / name, content)
+            finish(partial, target)
+    return True
 
 
 def check_alike(shape: ModelShape, other: ModelShape, like: Path) -> None:
@@ -84,12 +90,21 @@ def _tensors(found: dict[str, Place], dtype: torch.dtype, progress: ByteProgress
         yield name, tensor
 
 
-def _write_config(folder: Path, like: Path, config: dict[str, Any], shape: ModelShape, dtype: torch.dtype) -> None:
+def _texts(like: Path, config: dict[str, Any], shape: ModelShape, dtype: torch.dtype) -> dict[str, bytes]:
+    """The files of an export that hold no weights, by name."""
     config = {**with_both_rope_keys(config, shape.rope_theta), "model_type": family_of(shape).name}
     config.pop("auto_map", None)  # it names code, which a folder written here does not hold
     key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 writes the first, and reads both
     config[key] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("generation_config.json", *tokenizer.FILES):
-        if (like / name).is_file():
-            shutil.copyfile(like / name, folder / name)
+    names = [name for name in ("generation_config.json", *tokenizer.FILES) if (like / name).is_file()]
+    copied = {name: (like / name).read_bytes() for name in names}
+    return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **copied}
+
+
+def _holds(target: Path, source: str, texts: dict[str, bytes]) -> bool:
+    """Whether a folder is this very export, whole."""
+    try:
+        HFFolder(target)
+        return made_of(target) == source and all((target / name).read_bytes() == text for name, text in texts.items())
+    except (RemitError, OSError):
+        return False

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.errors import UserError
+from remit_megatron.hf.tokenizer import has_tokenizer
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import whole_model
 from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint
@@ -72,13 +74,12 @@ def compare_logits(folder: Path, checkpoint: str, text: str = TEXT) -> Agreement
 
 def token_ids(folder: Path, text: str, vocab_size: int) -> list[int]:
     """Ids of the text by the folder's tokenizer.json, or where it has none, ids spread over the vocabulary."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not has_tokenizer(folder):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (64,), generator=generator).tolist()
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_file(str(file)).encode(text).ids
+    ids = load_tokenizer(folder, "HF_FOLDER").encode(text, add_special_tokens=False).ids
+    if not ids:
+        raise UserError(f"{folder}: its tokenizer gives no id for the text: name another with --text")
     if max(ids) >= vocab_size:
-        raise UserError(f"{file}: gives id {max(ids)}, the model has {vocab_size} rows")
+        raise UserError(f"{folder}: its tokenizer gives id {max(ids)}, the model has {vocab_size} rows")
     return ids

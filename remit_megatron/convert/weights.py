@@ -8,8 +8,8 @@ import torch
 
 from remit_megatron.errors import UserError
 from remit_megatron.hf import layout
-from remit_megatron.hf.families import tensor_names
-from remit_megatron.hf.folder import HFFolder, check_names
+from remit_megatron.hf.folder import HFFolder
+from remit_megatron.hf.mapping import tensor_names
 from remit_megatron.shape import ModelShape
 
 
@@ -43,25 +43,30 @@ def places(model: Any, shape: ModelShape) -> dict[str, Place]:
     return found
 
 
-def check_tensors(folder: HFFolder, wanted: dict[str, Place], shape: ModelShape) -> None:
-    """Raise UserError unless the folder holds exactly the wanted tensors, in the wanted shapes."""
-    names = check_names(folder, wanted.keys(), tied=shape.tied_embeddings)
-    for name in sorted(names):
-        if folder.tensors[name].shape != wanted[name].shape:
-            raise UserError(
-                f"{folder.path}: {name} is {list(folder.tensors[name].shape)}, config.json asks for "
-                f"{list(wanted[name].shape)}"
-            )
-
-
 def fill(wanted: dict[str, Place], folder: HFFolder) -> Iterator[int]:
-    """Copy every tensor of a checked folder into its place; yields the bytes read so far."""
+    """Copy every tensor of a checked folder into its place; yields the bytes read so far.
+
+    Raises UserError at a number that is not finite: no training recovers from one, and few programs say so.
+    """
     left = set(wanted)
     done = 0
     for name, tensor in folder:
         if name in wanted:
+            check_finite(folder, name, tensor)
             layout.write_part(wanted[name].part, tensor)
             left.remove(name)
         done += tensor.nbytes
         yield done
     assert not left, f"never written: {sorted(left)}"
+
+
+def check_finite(folder: HFFolder, name: str, tensor: torch.Tensor) -> None:
+    """Raise UserError naming the tensor and its first number that is not finite."""
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        where = (~finite).nonzero()[0].tolist()
+        value = float(tensor[tuple(where)])
+        raise UserError(
+            f"{folder.path}: {name} has {int((~finite).sum()):,} numbers that are not finite, the first is {value} at "
+            f"{where}: the file is broken, or the model is: get it again, or an earlier checkpoint"
+        )

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from remit_megatron.data.checksums import own_checksum, write_record
 from remit_megatron.data.indexed import IndexedTokens, bin_path, idx_path, open_index
+from remit_megatron.data.tokenizer import same_tokenizer
 from remit_megatron.errors import UserError
 from remit_megatron.outside import problem, read_object
 
@@ -107,27 +108,6 @@ def fingerprint(manifest: Manifest) -> str:
     """Identity by content, 64 hex digits: equal for equal .bin and .idx, wherever they lie and whoever made them."""
     content = {"dtype": manifest.dtype, "idx": manifest.idx_sha256, "bin": manifest.bin_sha256}
     return hashlib.sha256(json.dumps([FORMAT, manifest.block_bytes, content], sort_keys=True).encode()).hexdigest()
-
-
-def tokenizer_hash(path: str | Path) -> str:
-    """SHA-256 of a tokenizer's content, in hex: of its tokenizer.json without formatting, padding and truncation.
-
-    `path` is that file or a folder that holds it. Raises UserError where it cannot be read.
-    """
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    try:
-        content = read_object(file)
-    except UserError as error:
-        raise UserError(f"{error}; no readable tokenizer.json") from None
-    if not isinstance(content.get("model"), dict):
-        raise UserError(f"{file}: no tokenizer of the `tokenizers` library: it has no key 'model'")
-    for key in ("padding", "truncation"):  # settings of a caller, without effect on our ids
-        content.pop(key, None)
-    merges = content["model"].get("merges")
-    # Written "a b" by older versions and ["a", "b"] by newer ones.
-    if isinstance(merges, list) and all(isinstance(merge, str) for merge in merges):
-        content["model"]["merges"] = [merge.split(" ") for merge in merges]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def quick_verify(prefix: str, *, vocab_size: int | None = None, tokenizer_hash: str | None = None) -> DatasetInfo:
@@ -327,9 +307,11 @@ def _check_vocabulary(info: DatasetInfo, vocab_size: int | None) -> None:
 
 
 def _check_tokenizer(info: DatasetInfo, wanted: str | None) -> DatasetInfo:
-    if wanted is None or wanted == info.tokenizer_hash:
+    if wanted is None:
         return info
     if info.tokenizer_hash is not None:
+        if same_tokenizer(wanted, info.tokenizer_hash):
+            return info
         raise UserError(
             f"{manifest_path(info.prefix)}: made with the tokenizer {info.tokenizer_hash[:12]}, not with the one "
             f"named, {wanted[:12]}: tokenize the text again, or name the tokenizer that made it"

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from remit_megatron.data.deal import Deal
 from remit_megatron.errors import UserError
+from remit_megatron.ops.routing import Routed
 
-Record = TypeVar("Record", bound="Scores | Microbatch | LocalMicrobatch")
+Record = TypeVar("Record", bound="Scores | Routed | Microbatch | LocalMicrobatch")
 
 PACKED = "packed lengths are not read: give `documents`, the document of each input token"
 REFUSED = {
@@ -42,11 +43,13 @@ class Scores:
     """[b, s/cp, h] of the head's dtype: inputs of the model's head, from which its whole distribution follows."""
     entropy: Tensor | None = None
     """[b, s/cp] float32: the entropy of the distribution over the vocabulary, nats."""
+    agrees: Tensor | None = None
+    """[b, s/cp] float32: 1 where the most probable token is the label, else 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """Whole samples, the same on every rank of a model. `scores` and `selected` are of this rank's positions."""
+    """Whole samples, the same on every rank of a model. `scores`, `selected`, `routed` are of this rank's positions."""
 
     tokens: Tensor
     """[b, s] int64: ids of the input tokens, on every position."""
@@ -67,6 +70,8 @@ class Microbatch:
     """Of the frozen reference, once these are known on this rank."""
     selected: Tensor | None = None
     """[b, s/cp] float32: 1 where a selection over the whole step took the token, 0 elsewhere and where masked."""
+    routed: Routed | None = None
+    """What a choice by the reference's scores made of the tokens."""
 
     @property
     def num_samples(self) -> int:
@@ -110,6 +115,9 @@ class Microbatch:
     def with_selected(self, selected: Tensor | None) -> "Microbatch":
         return dataclasses.replace(self, selected=selected)
 
+    def with_routed(self, routed: Routed | None) -> "Microbatch":
+        return dataclasses.replace(self, routed=routed)
+
     def to(self, device: torch.device) -> "Microbatch":
         """On another device, without waiting for the copy where memory is pinned."""
         return _mapped(self, lambda x: x.to(device, non_blocking=True))
@@ -135,6 +143,7 @@ class Microbatch:
             sample_id=batch.sample_id,
             scores=batch.scores,
             selected=batch.selected,
+            routed=batch.routed,
         )
 
 
@@ -162,9 +171,11 @@ class LocalMicrobatch:
     """None also on ranks that compute no loss."""
     selected: Tensor | None = None
     """[b, s/cp] float32."""
+    routed: Routed | None = None
+    """[b, s/cp] each."""
 
 
-BATCH_KEYS = {field.name for field in dataclasses.fields(Microbatch)} - {"scores", "selected"} | {"ref_nll"}
+BATCH_KEYS = {field.name for field in dataclasses.fields(Microbatch)} - {"scores", "selected", "routed"} | {"ref_nll"}
 """Keys of a script's own batch."""
 
 
@@ -204,11 +215,11 @@ def _check_shapes(batch: Mapping[str, Tensor], deal: Deal) -> None:
 
 
 def _mapped(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
-    """The record with every tensor of it changed, those of its scores included."""
+    """The record with every tensor of it changed, those of the records in it included."""
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
-        if isinstance(value, Scores):
+        if isinstance(value, Scores | Routed):
             changed[field.name] = _mapped(value, change)
         elif value is not None:
             changed[field.name] = change(value)
@@ -223,5 +234,5 @@ def _joined(parts: Sequence[Record]) -> Record:
         absent = [value is None for value in values]
         assert all(absent) or not any(absent), f"only some microbatches have {field.name}"
         if not any(absent):
-            joined[field.name] = _joined(values) if isinstance(values[0], Scores) else torch.cat(values)
+            joined[field.name] = _joined(values) if isinstance(values[0], Scores | Routed) else torch.cat(values)
     return dataclasses.replace(parts[0], **joined)

@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +91,7 @@ def save(folder: Path, chunks: list[Any], optimizer: Any | None) -> None:
 
     Raises RunError where a rank cannot write.
     """
-    with _writing(folder):
+    with _writing(folder), _silent_threads():
         dist_checkpointing.save(
             _state(chunks, optimizer), folder, _ThreadedSave("torch_dist", 1), content_metadata=METADATA
         )
@@ -217,12 +218,23 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _silent_threads() -> Iterator[None]:
+    """What a writer's thread raises comes back as the error of the save; Python would print its traceback besides."""
+    before = threading.excepthook
+    threading.excepthook = lambda arguments: None
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 def _why_not(error: BaseException, folder: Path) -> str:
     """torch's writer, when its disk is full, speaks of a position in its archive."""
     with contextlib.suppress(OSError):
         room = os.statvfs(folder)
         if room.f_bavail * room.f_frsize < FULL_BELOW_BYTES and "No space left" not in first_line(error):
-            return f"No space left on device ({first_line(error)})"
+            return f"No space left on device, free some there ({first_line(error)})"
     return first_line(error)
 
 

@@ -115,9 +115,12 @@ class BySequence:
 
 @dataclass(frozen=True, slots=True)
 class Distilling:
-    """[2, b, s/cp] float32 nats, differentiable in whole logits: the NLL, and the KL from a teacher's distribution."""
+    """[2, b, s/cp] float32 nats, differentiable in whole logits: the NLL, and the comparison with a teacher's
+    distribution."""
 
     teacher: Teacher
+    compared: Tensor | None = None
+    """[b, s/cp] bool: the tokens whose comparison is wanted; it is 0 elsewhere. None: all."""
 
     takes_hidden: ClassVar[bool] = False
 
@@ -126,6 +129,7 @@ class Distilling:
             x,
             labels.transpose(0, 1),
             self.teacher,
+            compared=None if self.compared is None else self.compared.transpose(0, 1),
             valid_vocab=vocabulary.valid_vocab,
             tp_group=vocabulary.tp_group,
         )

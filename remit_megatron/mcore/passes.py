@@ -19,7 +19,9 @@ from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.mcore.heads import Distilling, HiddenStates
 from remit_megatron.mcore.loss_hook import RemitGPTModel, unwrap
+from remit_megatron.ops.choices import Compared
 from remit_megatron.ops.distillation import Teacher
+from remit_megatron.ops.distillation_entropy import entropy_and_top
 from remit_megatron.ops.shard import IGNORED_LABEL
 
 Report = dict[str, Tensor]
@@ -89,7 +91,14 @@ def nll_and_kl(
     return results
 
 
-def teacher_of(reference: Sequence[Any], scores: Scores | None, *, temperature: float = 1.0, top_k: int = 0) -> Teacher:
+def teacher_of(
+    reference: Sequence[Any],
+    scores: Scores | None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    compare: Compared = "forward",
+) -> Teacher:
     """The distribution of a reference of which `scores` has the hidden states; reference: its chunks, on last-stage
     ranks."""
     assert scores is not None, "a distribution needs scores"
@@ -101,7 +110,30 @@ def teacher_of(reference: Sequence[Any], scores: Scores | None, *, temperature: 
         temperature=temperature,
         chunk_tokens=head.head_chunk_tokens,
         top_k=top_k,
+        compare=compare,
     )
+
+
+def entropy_and_agreement(
+    reference: Sequence[Any], hidden: Sequence[Tensor], labels: Sequence[Tensor], *, temperature: float = 1.0
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each microbatch, [b, s/cp] float32 each: the entropy of the reference's distribution at the temperature, nats,
+    and 1 where its most probable token is the label.
+
+    reference: its chunks, on last-stage ranks; hidden: what `hidden` makes of them; labels: [b, s/cp] int64.
+    """
+    head, found = unwrap(reference[-1]), list[tuple[Tensor, Tensor]]()
+    for states, wanted in zip(hidden, labels, strict=True):
+        entropy, top = entropy_and_top(
+            states.flatten(0, 1),
+            head.head_weight(),
+            temperature=temperature,
+            valid_vocab=head.valid_vocab,
+            tp_group=head.pg_collection.tp,
+            chunk_tokens=head.head_chunk_tokens,
+        )
+        found.append((entropy.view(wanted.shape), (top.view(wanted.shape) == wanted.to(top.device)).float()))
+    return found
 
 
 def run_schedule(

@@ -25,6 +25,7 @@ from remit_megatron.mcore.loss_hook import RemitGPTModel, unwrap
 from remit_megatron.mcore.passes import LossFunction, Report, run_model, schedule_iterators
 from remit_megatron.mcore.teacher import FrozenReference, has_scores
 from remit_megatron.objectives import LossSum, Need, Objective, TokenStats, check_by_sample
+from remit_megatron.ops.routing import route
 from remit_megatron.ops.selection import top_share_of_all
 
 Batch = Microbatch | Mapping[str, Any]
@@ -100,11 +101,14 @@ class ForwardStep:
 
     @torch.no_grad()
     def selected(self, microbatches: Sequence[Microbatch], chunks: Sequence[Any]) -> list[Microbatch]:
-        """For an objective whose tokens compete over the whole step: with `selected`, on last-stage ranks. Collective.
+        """For an objective whose tokens are chosen before the step: with `selected` or `routed`, on last-stage ranks.
+        Collective.
 
-        Runs the student, this rank's chunks, forward-only over the scored microbatches first, and nothing for any other
-        objective.
+        With Need.GLOBAL_SELECTION the student, this rank's chunks, runs forward-only over the scored microbatches
+        first; for any other objective nothing runs.
         """
+        if Need.ROUTING in self.objective.needs:
+            return self._routed(microbatches, chunks)
         share = self.objective.global_share
         if Need.GLOBAL_SELECTION not in self.objective.needs or share is None:
             return list(microbatches)
@@ -112,10 +116,8 @@ class ForwardStep:
         if not self.groups.is_last_stage:
             return list(microbatches)
         local = [self.local(one, chunks[-1]) for one in microbatches]
-        sample_ids = [one.sample_id for one in local if one.sample_id is not None]
+        sample_ids = self._sample_ids(local)
         ref_nll = [one.scores.ref_nll for one in local if one.scores is not None and one.scores.ref_nll is not None]
-        if len(sample_ids) < len(local):
-            raise UserError(f"objective '{self.objective.name}' with scope = 'global' needs sample_id in each batch")
         selected = top_share_of_all(
             [nll.double() - one.double() for nll, one in zip(scores, ref_nll, strict=True)],
             [one.loss_mask for one in local],
@@ -125,6 +127,32 @@ class ForwardStep:
             group=self.groups.dp_cp,
         )
         return [one.with_selected(chosen) for one, chosen in zip(microbatches, selected, strict=True)]
+
+    def _routed(self, microbatches: Sequence[Microbatch], chunks: Sequence[Any]) -> list[Microbatch]:
+        routing = self.objective.routing
+        assert routing is not None, "an objective that needs routing says which"
+        if not self.groups.is_last_stage:
+            return list(microbatches)
+        local = [self.local(one, chunks[-1]) for one in microbatches]
+        scores = [one.scores or Scores() for one in local]
+        routed = route(
+            routing,
+            [one.entropy for one in scores if one.entropy is not None],
+            [one.agrees for one in scores if one.agrees is not None],
+            [one.loss_mask for one in local],
+            sample_ids=self._sample_ids(local),
+            positions=local[0].positions,
+            step=self.step,
+            cp_group=self.groups.cp,
+            group=self.groups.dp_cp,
+        )
+        return [one.with_routed(chosen) for one, chosen in zip(microbatches, routed, strict=True)]
+
+    def _sample_ids(self, local: Sequence[LocalMicrobatch]) -> list[Tensor]:
+        found = [one.sample_id for one in local if one.sample_id is not None]
+        if len(found) < len(local):
+            raise UserError(f"objective '{self.objective.name}' chooses among tokens: it needs sample_id in each batch")
+        return found
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, LossFunction]:
         given, hook = next(data_iterator), passes.checked(model, self.groups)
@@ -147,13 +175,18 @@ class ForwardStep:
             (microbatch,) = self.scored([microbatch])
         if Need.GLOBAL_SELECTION in self.objective.needs and microbatch.selected is None:
             raise UserError("with scope = 'global' call forward_step.prepare(...) before each step's schedule")
+        if Need.ROUTING in self.objective.needs and microbatch.routed is None:
+            raise UserError(
+                f"for objective '{self.objective.name}' call forward_step.prepare(...) before each step's schedule"
+            )
         return microbatch
 
     def _distilling(self, local: LocalMicrobatch, hook: RemitGPTModel) -> contextlib.AbstractContextManager[None]:
         """Hands the reference's distribution of this microbatch to the head where the objective needs it."""
         if Need.DISTRIBUTION not in self.objective.needs or not hook.post_process:
             return contextlib.nullcontext()
-        return hook.using(Distilling(self.reference.teacher(local.scores, self.objective)))
+        compared = None if local.routed is None else local.routed.compared
+        return hook.using(Distilling(self.reference.teacher(local.scores, self.objective), compared))
 
     def _by_sequence(self, local: LocalMicrobatch, model: Any) -> tuple[Tensor, LossFunction]:
         """The model runs the objective itself, sample by sample, and its output is the loss sum."""
@@ -198,7 +231,9 @@ class ForwardStep:
             step=self.step,
             kl=kl,
             ref_entropy=of_samples(scores.entropy),
+            ref_agrees=of_samples(scores.agrees),
             selected=of_samples(local.selected),
+            routed=local.routed,
         )
 
     def local(self, microbatch: Microbatch, model: Any) -> LocalMicrobatch:

@@ -14,6 +14,7 @@ from remit_megatron.mcore import passes
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.objectives import Need, Objective
+from remit_megatron.objectives.needs import OF_THE_DISTRIBUTION, OF_THE_REFERENCE
 from remit_megatron.ops.distillation import Teacher
 from remit_megatron.ops.score_quanta import round_to_quanta
 
@@ -40,11 +41,7 @@ class FrozenReference:
         """
         if has_scores(microbatches[0], objective):
             return list(microbatches)
-        needs, has = objective.needs, microbatches[0].scores or Scores()
-        if Need.ENTROPY in needs and has.entropy is None:
-            raise UserError(
-                f"objective '{objective.name}' needs the reference's entropy: put Scores.entropy into the microbatches"
-            )
+        needs = objective.needs
         if not self.chunks:
             missing = "ref_nll" if Need.REF_NLL in needs else "the reference's distribution"
             raise UserError(
@@ -52,8 +49,9 @@ class FrozenReference:
                 "into the batches"
             )
         found: dict[str, list[Tensor]] = {}
-        if Need.DISTRIBUTION in needs:
-            found["hidden"] = passes.hidden(self.chunks, microbatches, self.groups, merge=self.merge_microbatches)
+        if needs & OF_THE_DISTRIBUTION:
+            hidden = passes.hidden(self.chunks, microbatches, self.groups, merge=self.merge_microbatches)
+            found |= self._of_distribution(microbatches, hidden, objective)
         if Need.REF_NLL in needs:
             nll = passes.nll(self.chunks, microbatches, self.groups, merge=self.merge_microbatches, graph=self.graph)
             found["ref_nll"] = [round_to_quanta(one) for one in nll] if self.round_scores else nll
@@ -66,6 +64,31 @@ class FrozenReference:
             for i, one in enumerate(microbatches)
         ]
 
+    def _of_distribution(
+        self, microbatches: Sequence[Microbatch], hidden: list[Tensor], objective: Objective
+    ) -> dict[str, list[Tensor]]:
+        """What the objective needs of the distributions that follow from hidden states; on other stages nothing."""
+        needs, found = objective.needs, dict[str, list[Tensor]]()
+        if not self.groups.is_last_stage:
+            return found
+        if Need.DISTRIBUTION in needs:
+            found["hidden"] = hidden
+        # What a script has put into the batches is not made again.
+        missing = needs & {Need.ENTROPY, Need.AGREEMENT} - _given(microbatches[0].scores or Scores())
+        if missing:
+            deal = self.groups.deal()
+            both = passes.entropy_and_agreement(
+                self.chunks,
+                hidden,
+                [deal.cut(one.labels) for one in microbatches],
+                temperature=objective.distribution.temperature,
+            )
+            if Need.ENTROPY in missing:
+                found["entropy"] = [entropy for entropy, _ in both]
+            if Need.AGREEMENT in missing:
+                found["agrees"] = [agrees for _, agrees in both]
+        return found
+
     def teacher(self, scores: Scores | None, objective: Objective) -> Teacher:
         """The distribution of the microbatch that `scores` are of, as `objective` compares it."""
         if not self.chunks:
@@ -73,14 +96,20 @@ class FrozenReference:
                 f"objective '{objective.name}' needs the reference's head: give make_forward_step a reference"
             )
         how = objective.distribution
-        return passes.teacher_of(self.chunks, scores, temperature=how.temperature, top_k=how.top_k)
+        return passes.teacher_of(self.chunks, scores, temperature=how.temperature, top_k=how.top_k, compare=how.compare)
 
 
 def has_scores(microbatch: Microbatch, objective: Objective) -> bool:
     """Whether a microbatch has, on a rank that computes the loss, all that its objective needs of the reference."""
-    scores, needs = microbatch.scores or Scores(), objective.needs
-    return (
-        (Need.REF_NLL not in needs or scores.ref_nll is not None)
-        and (Need.DISTRIBUTION not in needs or scores.hidden is not None)
-        and (Need.ENTROPY not in needs or scores.entropy is not None)
-    )
+    return objective.needs & OF_THE_REFERENCE <= _given(microbatch.scores or Scores())
+
+
+def _given(scores: Scores) -> frozenset[Need]:
+    """What scores serve."""
+    fields = {
+        Need.REF_NLL: scores.ref_nll,
+        Need.DISTRIBUTION: scores.hidden,
+        Need.ENTROPY: scores.entropy,
+        Need.AGREEMENT: scores.agrees,
+    }
+    return frozenset(need for need, value in fields.items() if value is not None)

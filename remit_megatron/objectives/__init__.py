@@ -8,15 +8,9 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from remit_megatron.objectives.settings import (
-    OBJECTIVES,
-    Distribution,
-    Need,
-    ObjectiveSettings,
-    check_by_sample,
-    located,
-    parse_objective,
-)
+from remit_megatron.objectives.needs import Distribution, Need, ObjectiveSettings
+from remit_megatron.objectives.settings import OBJECTIVES, check_by_sample, located, parse_objective
+from remit_megatron.ops.choices import Routing
 
 if TYPE_CHECKING:
     from remit_megatron.objectives.base import LossSum, Objective, Ratio, TokenStats
@@ -24,16 +18,19 @@ if TYPE_CHECKING:
     from remit_megatron.objectives.ntp import NTP
     from remit_megatron.objectives.remit import Remit
     from remit_megatron.objectives.rho1 import Rho1
+    from remit_megatron.objectives.switch import Switch
+    from remit_megatron.objectives.trkd import TRKD
 
 _COMPUTING = {
     **dict.fromkeys(("LossSum", "Objective", "Ratio", "TokenStats"), "base"),
-    **{"KD": "kd", "NTP": "ntp", "Remit": "remit", "Rho1": "rho1"},
+    **{"KD": "kd", "NTP": "ntp", "Remit": "remit", "Rho1": "rho1", "Switch": "switch", "TRKD": "trkd"},
 }
 
 __all__ = [
     "KD",
     "NTP",
     "OBJECTIVES",
+    "TRKD",
     "Distribution",
     "LossSum",
     "Need",
@@ -42,6 +39,8 @@ __all__ = [
     "Ratio",
     "Remit",
     "Rho1",
+    "Routing",
+    "Switch",
     "TokenStats",
     "build_objective",
     "check_by_sample",

@@ -6,7 +6,9 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from remit_megatron.objectives.settings import Distribution, Need
+from remit_megatron.objectives.needs import Distribution, Need
+from remit_megatron.ops.choices import Routing
+from remit_megatron.ops.routing import Routed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +32,18 @@ class TokenStats:
     step: int = 0
     """Number of the optimizer step, from 1; 0 outside of a run."""
     kl: Tensor | None = None
-    """[b, s] float32: KL from the reference to the student, nats, differentiable. Masked entries may hold anything."""
+    """[b, s] float32: the reference's distribution compared with the student's, as the objective's `distribution`
+    says, nats, differentiable. 0 where `routed` is given and does not have the token compared; masked entries may hold
+    anything."""
     ref_entropy: Tensor | None = None
     """[b, s] float32: entropy of the reference's distribution, nats, no graph. Masked entries may hold anything."""
+    ref_agrees: Tensor | None = None
+    """[b, s] float32, no graph: 1 where the reference's most probable token is the label, else 0. Masked entries may
+    hold anything."""
     selected: Tensor | None = None
     """[b, s] float32, no graph: 1 where a selection over the whole step took the token, else 0."""
+    routed: Routed | None = None
+    """What the objective's `routing` made of the tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,9 @@ class Objective(Protocol):
 
     @property
     def global_share(self) -> float | None: ...
+
+    @property
+    def routing(self) -> Routing | None: ...
 
     @property
     def needs_reference(self) -> bool: ...

@@ -84,15 +84,21 @@ def shuffle_in_samples(
     whole, whole_mask = gather_samples([values, mask], positions, cp_group)
     kept = whole_mask > 0
     place = torch.arange(whole.shape[1], device=whole.device).expand_as(kept)
-    state = _mix(torch.full_like(sample_id, seed))
-    for part in (torch.full_like(sample_id, step), sample_id):
-        state = _mix(state ^ _mix(part))
-    draw = _mix(state[:, None] ^ _mix(place)) >> 1  # below int64's largest, which masked tokens have
+    draw = random_draws(seed, step, sample_id, place[0])
     last = torch.iinfo(torch.int64).max
     source = place.masked_fill(~kept, last).argsort(dim=1, stable=True)
     target = draw.masked_fill(~kept, last).argsort(dim=1, stable=True)
     shuffled = torch.zeros_like(whole).scatter_(1, target, whole.gather(1, source)).where(kept, 0.0)
     return local_part(shuffled, positions).float()
+
+
+def random_draws(seed: int, step: int, sample_id: Tensor, positions: Tensor) -> Tensor:
+    """A random number for each token: [b, s] int64 below 2^62, from sample_id [b], positions [s], seed and step alone,
+    on any device and in any layout."""
+    state = _mix(torch.full_like(sample_id, seed))
+    for part in (torch.full_like(sample_id, step), sample_id):
+        state = _mix(state ^ _mix(part))
+    return _mix(state[:, None] ^ _mix(positions)[None]) >> 1
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ def top_share_of_all(
     score = torch.cat([one.flatten() for one in scores]).double().where(kept, 0.0) + 0.0  # -0 counts as 0
     tokens = [_mix(_mix(ids)[:, None] ^ _mix(positions)[None]).flatten() for ids in sample_ids]
     totals = torch.stack([kept.sum(), (~score.isfinite()).sum()])
-    _sum_over(totals, group)
+    sum_over(totals, group)
     count, unusable = totals.unbind()
 
     bits = score.view(torch.int64)
@@ -163,7 +169,7 @@ def _kth_largest(key: Tensor, candidates: Tensor, k: Tensor, group: dist.Process
         digit = _shift(unsigned, shift) & ((1 << DIGIT_BITS) - 1) if shift else unsigned & ((1 << DIGIT_BITS) - 1)
         histogram = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=key.device)
         histogram.scatter_add_(0, digit, candidates.long())
-        _sum_over(histogram, group)
+        sum_over(histogram, group)
         larger = histogram.flip(0).cumsum(0).flip(0) - histogram  # candidates with a larger digit
         chosen = ((larger < k - above) & (histogram > 0)).long().argmax()  # the lowest such digit comes first
         candidates = candidates & (digit == chosen)
@@ -172,6 +178,7 @@ def _kth_largest(key: Tensor, candidates: Tensor, k: Tensor, group: dist.Process
     return found ^ torch.iinfo(torch.int64).min, above
 
 
-def _sum_over(x: Tensor, group: dist.ProcessGroup | None) -> None:
+def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> None:
+    """x summed over the group's ranks, in place."""
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(x, group=group)

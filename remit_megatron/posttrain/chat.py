@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.data.files import writing
+from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.errors import UserError
 from remit_megatron.hf import tokenizer
 from remit_megatron.hf.config import read_json
@@ -81,12 +82,9 @@ def _known_end(target: Path) -> str:
 
 def _put_end(target: Path, end: str) -> None:
     """Make a token the one that ends an answer, in every file that names one."""
-    content = tokenizer.content(target)
-    assert content is not None
-    vocabulary = content["vocabulary"] if isinstance(content["vocabulary"], dict) else {}
-    number = content["added tokens"].get(end, vocabulary.get(end))
+    number = load_tokenizer(target, "model").token_to_id(end)
     if number is None:
-        known = sorted(token for token in content["added tokens"])[:8]
+        known = sorted(tokenizer.read_canonical(target)["added tokens"])[:8]
         raise UserError(
             f"chat.end_of_turn: the tokenizer has no token {json.dumps(end)}, and the vocabulary is not extended; it "
             f"has {', '.join(map(json.dumps, known)) or 'no special tokens'}"

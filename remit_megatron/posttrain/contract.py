@@ -29,6 +29,8 @@ from remit_megatron.sections import NonNegative, Positive, Section
 
 SPEC, MANIFEST, METRICS = "stage.json", "manifest.json", "metrics.jsonl"
 MODEL, WORK, KEEP = "model", "work", "keep"
+CARD = "README.md"
+"""For people: a model card may be added to a finished model, and is no part of what it is."""
 Kind = Literal["sft", "dpo", "rl"]
 KINDS: tuple[Kind, ...] = ("sft", "dpo", "rl")
 
@@ -239,7 +241,8 @@ class Manifest(Section):
 
     format: Literal[1] = 1
     name: str
-    kind: Kind
+    kind: str
+    """A stage's, or what else a wheel has: mid, benchmark."""
     identity: str
     """Sixteen hex digits of the bytes of model/."""
     files: dict[str, dict[str, int | str]]
@@ -265,8 +268,8 @@ def model_identity(files: dict[str, Checksum]) -> str:
 
 
 def checksum_folder(folder: Path) -> dict[str, Checksum]:
-    """Of all files of a model's folder."""
-    return checksums.of_files(path for path in sorted(folder.iterdir()) if path.is_file())
+    """Of all files of a model's folder but its card."""
+    return checksums.of_files(path for path in sorted(folder.iterdir()) if path.is_file() and path.name != CARD)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -301,7 +304,7 @@ def verify(folder: Path) -> Manifest:
         raise UserError(f"{folder}: this stage is not finished")
     files = {name: Checksum(**values) for name, values in manifest.files.items()}  # type: ignore[arg-type]
     wrong = checksums.problems(folder / MODEL, files, content=True)
-    added = {path.name for path in (folder / MODEL).glob("*") if path.is_file()} - files.keys()
+    added = {path.name for path in (folder / MODEL).glob("*") if path.is_file()} - {*files, CARD}
     wrong += [f"{name} was added" for name in sorted(added)]
     if wrong:
         raise DamagedError(

@@ -10,8 +10,8 @@ import torch
 from remit_megatron.data.files import fsync_folder, sync_file, writing
 from remit_megatron.errors import UserError
 from remit_megatron.hf import tokenizer
-from remit_megatron.hf.families import read_shape, tensor_names
-from remit_megatron.hf.folder import INDEX, HFFolder, check_names
+from remit_megatron.hf.folder import INDEX, HFFolder, check_tensors
+from remit_megatron.hf.mapping import read_shape
 from remit_megatron.posttrain.chat import put_files
 from remit_megatron.shape import ModelShape
 
@@ -53,8 +53,7 @@ def check(made: Path, given: Path) -> None:
         ours, theirs = (getattr(shape, key) for shape in shapes)
         if ours != theirs:
             raise UserError(f"{made}: {key} is {ours}, and {theirs} in the model that the stage started from")
-    check_names(new, {name for names in tensor_names(shapes[0]).values() for name in names},
-                tied=shapes[0].tied_embeddings)  # fmt: skip
+    check_tensors(new, shapes[0])
     for name, stored in new.tensors.items():
         before = old.tensors.get(name)
         if before is not None and (stored.shape, stored.dtype) != (before.shape, before.dtype):
@@ -70,11 +69,10 @@ def check(made: Path, given: Path) -> None:
 
 def _check_tokenizer(made: Path, given: Path) -> None:
     """An engine that writes no tokenizer has not changed it."""
-    found, wanted = tokenizer.content(made), tokenizer.content(given)
-    if found is not None and wanted is not None:
-        wrong, _ = tokenizer.differences(wanted, found)
-        if wrong:
-            raise UserError(f"{made}: {wrong[0]}: the engine changed the tokenizer")
+    if tokenizer.has_tokenizer(made) and tokenizer.has_tokenizer(given):
+        difference = tokenizer.compare(given, made)
+        if difference is not None:
+            raise UserError(f"{made}: the engine changed the tokenizer: {difference.reasons[0]}")
 
 
 def _text(shape: tuple[int, ...], dtype: str) -> str:

@@ -25,11 +25,11 @@ from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import StopRequested, UserError
 from remit_megatron.hf.folder import HFFolder, write_tensors
 from remit_megatron.posttrain.contract import KEEP, METRICS, WORK, StageSpec, keep_name, read_metrics, read_spec
+from remit_megatron.posttrain.host import PACKAGES, Stop
 from remit_megatron.posttrain.output import VERSIONS
 from remit_megatron.posttrain.prepare import Prepared, prepare
 from remit_megatron.posttrain.tokens import column
 from remit_megatron.posttrain.trl_rl import RLTrainer, reward_function
-from remit_megatron.posttrain.worker import PACKAGES, Stop
 
 MAX_SHARD_BYTES = 5_000_000_000
 PARTS = (

@@ -6,31 +6,15 @@ folders from stdin, a line each, and answers each with a line of JSON, {"code", 
 
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 
 from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import RemitError, RunError
 from remit_megatron.posttrain.contract import WORK
 from remit_megatron.posttrain.engines import LOG, OUTCOME
-from remit_megatron.processes import STOP_SIGNALS
-
-PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets")
-
-
-class Stop:
-    """Whether this process was asked to stop."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+from remit_megatron.posttrain.host import PACKAGES, Stop
 
 
 def run(folder: Path, stop: Stop) -> tuple[int, str | None]:

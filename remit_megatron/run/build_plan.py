@@ -10,6 +10,8 @@ from remit_megatron.config import Recipe
 from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.fit import check_models
 from remit_megatron.hf.folder import is_hf_folder
+from remit_megatron.hf.pairing import common_rows
+from remit_megatron.objectives.settings import Need
 from remit_megatron.presets import student_shape
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta, identity, read_meta, resolve_checkpoint
 from remit_megatron.run.hf_source import plan_conversion
@@ -23,6 +25,10 @@ class BuildPlan:
     """What will be built, decided from the recipe and the checkpoints' descriptions before anything is allocated."""
 
     shape: ModelShape
+    common_rows: int
+    """Ids that student and reference both have a row for: every dataset stays below."""
+    note: str | None
+    """What to say of the two, once."""
     init: Path | None
     init_meta: Meta | None
     reference_shape: ModelShape | None
@@ -53,16 +59,19 @@ def make_build_plan(recipe: Recipe, device_type: str, resume: Path | None = None
     if recipe.model.init and not resume:
         init, init_meta = find_model(recipe.model.init, "model.init", recipe)
     shape = student_shape(recipe, init_meta.model_shape() if init_meta else None)
-    reference_path = reference_meta = reference_shape = None
+    reference_path = reference_meta = reference_shape = note = None
+    rows = shape.vocab_size
     if recipe.reference is not None:
         reference_path, reference_meta = find_model(recipe.reference.path, "reference.path", recipe)
         reference_shape = reference_meta.model_shape()
-        _check_tokenizers(init_meta, reference_meta)
+        rows, note = check_pair(recipe, shape, init_meta, reference_meta)
         if reference_meta.step == 0 and reference_meta.origin is None:
             raise UserError(f"reference.path: {reference_path} was saved before its first step: it is untrained")
     check_models(recipe, shape, reference_shape, device_type=device_type)
     return BuildPlan(
         shape=shape,
+        common_rows=rows,
+        note=note,
         init=init,
         init_meta=init_meta,
         reference_shape=reference_shape,
@@ -71,6 +80,20 @@ def make_build_plan(recipe: Recipe, device_type: str, resume: Path | None = None
         reference_identity=_identity(reference_path, reference_meta),
         resume=resume,
         precision=training_precision(recipe, device_type),
+    )
+
+
+def check_pair(recipe: Recipe, shape: ModelShape, init: Meta | None, reference: Meta) -> tuple[int, str | None]:
+    """(ids that student and reference both have a row for, what to say of the two); see `common_rows`.
+
+    Raises UserError where they have not one tokenizer.
+    """
+    assert recipe.reference is not None
+    return common_rows(
+        (shape.vocab_size, reference.model_shape().vocab_size),
+        (tokenizer_of(init), tokenizer_of(reference)),
+        needs_distribution=Need.DISTRIBUTION in recipe.objective.needs,
+        allow_added_tokens=recipe.reference.allow_added_tokens,
     )
 
 
@@ -83,6 +106,8 @@ def plan_checkpoint(recipe: Recipe, path: Path, device_type: str) -> BuildPlan:
     check_layout(meta.model_shape(), recipe.parallel, "model")
     return BuildPlan(
         shape=meta.model_shape(),
+        common_rows=meta.model_shape().vocab_size,
+        note=None,
         init=path,
         init_meta=meta,
         reference_shape=None,
@@ -115,12 +140,9 @@ def find_model(path: str, key: str, recipe: Recipe) -> tuple[Path, Meta]:
     return checkpoint, read_meta(checkpoint)
 
 
-def _check_tokenizers(init: Meta | None, reference: Meta) -> None:
-    ours, theirs = ((meta.origin or {}).get("tokenizer") if meta else None for meta in (init, reference))
-    if ours and theirs and ours != theirs:
-        raise UserError(
-            "reference.path: its tokenizer is not that of model.init: `remit convert check` tells the difference"
-        )
+def tokenizer_of(meta: Meta | None) -> str | None:
+    """Identity of the tokenizer that a model was made with: of its datasets, or of the folder it was converted from."""
+    return None if meta is None else meta.tokenizer or (meta.origin or {}).get("tokenizer")
 
 
 def training_precision(recipe: Recipe, device_type: str) -> Precision:

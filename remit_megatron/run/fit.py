@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from remit_megatron.config import Recipe
-from remit_megatron.data.manifest import DatasetInfo, tokenizer_hash
+from remit_megatron.data.manifest import DatasetInfo
+from remit_megatron.data.tokenizer import differ_in_added_tokens_only, same_tokenizer, tokenizer_hash
 from remit_megatron.errors import UserError
-from remit_megatron.objectives.settings import Need, RemitSettings
+from remit_megatron.objectives.needs import Need
+from remit_megatron.objectives.settings import RemitSettings
 from remit_megatron.run.build_plan import BuildPlan
 
 
@@ -20,12 +22,19 @@ def check_tokenizers(recipe: Recipe, plan: BuildPlan, infos: Sequence[DatasetInf
     Raises UserError for datasets, or a model, of different tokenizers.
     """
     hashes = {info.prefix: info.tokenizer_hash for info in infos if info.tokenizer_hash}
-    if len(set(hashes.values())) > 1:
+    # The datasets' own first, so that a run goes on under the name by which it knew its tokenizer.
+    found = next(iter(hashes.values()), None) or recipe_tokenizer(recipe)
+    if found is None:
+        return None
+    if not all(same_tokenizer(found, other) for other in hashes.values()):
         raise UserError(f"data.train: the datasets were made with different tokenizers: {', '.join(map(str, hashes))}")
-    found = recipe_tokenizer(recipe) or next(iter(hashes.values()), None)
     for key, meta in (("model.init", plan.init_meta), ("reference.path", plan.reference_meta)):
-        if meta and meta.tokenizer and found and meta.tokenizer != found:
+        if meta and meta.tokenizer and not same_tokenizer(meta.tokenizer, found):
             raise UserError(f"{key}: it was trained with another tokenizer than that of data.train")
+        converted = meta.origin.get("tokenizer") if meta and meta.origin else None
+        # A model may know more added tokens than its data were made with: no id of theirs is in the data.
+        if converted and not same_tokenizer(converted, found) and not differ_in_added_tokens_only(converted, found):
+            raise UserError(f"{key}: its tokenizer is not the one that data.train was made with")
     return found
 
 

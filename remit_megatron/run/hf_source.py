@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.data.files import writing
+from remit_megatron.data.tokenizer import tokenizer_hash
 from remit_megatron.errors import RunError, UserError
-from remit_megatron.hf import tokenizer
-from remit_megatron.hf.families import read_shape, tensor_names
-from remit_megatron.hf.folder import HFFolder, check_names, choose_dtype
+from remit_megatron.hf.folder import HFFolder, check_tensors, choose_dtype
+from remit_megatron.hf.mapping import read_shape
+from remit_megatron.hf.tokenizer import has_tokenizer
 from remit_megatron.run.checkpoint import Meta
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -27,8 +28,7 @@ def plan_conversion(source: str, run: str) -> tuple[Path, Meta]:
     """
     folder = HFFolder(Path(source))
     shape = read_shape(folder.config, folder.path / "config.json")
-    theirs = {name for names in tensor_names(shape).values() for name in names}
-    check_names(folder, theirs, tied=shape.tied_embeddings)
+    check_tensors(folder, shape)
     dtype = choose_dtype(folder)
     key = folder.content_key()
     return Path(run).parent / ".converted" / key, Meta(shape=shape.model_dump(), origin=origin(folder, key, dtype))
@@ -39,8 +39,7 @@ def origin(folder: HFFolder, content_key: str, dtype: str) -> dict[str, str]:
 
     dtype: of the converted weights: float32 or bfloat16.
     """
-    parts = tokenizer.content(folder.path)
-    known = {"tokenizer": tokenizer.fingerprint(parts)} if parts else {}
+    known = {"tokenizer": tokenizer_hash(folder.path)} if has_tokenizer(folder.path) else {}
     return {"format": "huggingface", "source": str(folder.path), "content": content_key, "dtype": dtype, **known}
 
 

@@ -12,6 +12,6 @@ def open_training(recipe: Recipe, plan: BuildPlan) -> tuple[TrainingData, str | 
     Raises UserError for a dataset that does not fit, and for datasets or models of different tokenizers.
     """
     made_with = recipe_tokenizer(recipe)
-    sources = [open_source(source.path, recipe.data, plan.shape.vocab_size, made_with) for source in recipe.data.train]
+    sources = [open_source(source.path, recipe.data, plan.common_rows, made_with) for source in recipe.data.train]
     tokenizer = check_tokenizers(recipe, plan, [source.info for source in sources])
     return TrainingData(sources, recipe.data, recipe.train_steps * recipe.global_batch_samples), tokenizer

@@ -93,10 +93,9 @@ def _set_up(
     whole, passed_over = newest_whole(checkpoints, process.device) if fallback else (None, {})
     ready = prepare(recipe, process, resume=whole)
     count = num_microbatches(recipe, process.world_size)
-    vocab_size = ready.plan.shape.vocab_size
-    check_documents(recipe, ready.data.eod_id, vocab_size)
+    check_documents(recipe, ready.data.eod_id, ready.plan.shape.vocab_size)
     check_optional_parts(recipe)
-    evaluator = Evaluator(recipe, ready.groups, vocab_size, ready.tokenizer)
+    evaluator = Evaluator(recipe, ready.groups, ready.plan.common_rows, ready.tokenizer)
     check_sources(
         [source.info for source in ready.data.sources],
         {name: held_out.source.info for name, held_out in evaluator.sets.items()},

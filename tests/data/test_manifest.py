@@ -17,9 +17,9 @@ from remit_megatron.data.manifest import (
     fingerprint,
     manifest_path,
     quick_verify,
-    tokenizer_hash,
     verify_content,
 )
+from remit_megatron.data.tokenizer import tokenizer_hash
 from remit_megatron.errors import UserError
 from tests.data.conftest import VOCAB, random_documents
 
@@ -224,7 +224,7 @@ def test_without_manifest(foreign: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_adopt(foreign: str, tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer.json"
-    tokenizer.write_text(json.dumps({"model": {"type": "BPE"}}))
+    tokenizer.write_text(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}}))
     with pytest.raises(UserError, match="document 0 does not end with the EOD token 7"):
         verify(foreign, adopt=True, eod_id=7)
     assert not manifest_path(foreign).exists()

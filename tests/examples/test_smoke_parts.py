@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from examples.smoke import arithmetic, build, corpus, report, run
 from examples.smoke.tokenizer import EOD_TOKEN, train_tokenizer
 from remit_megatron.config import load_recipe
-from remit_megatron.data.manifest import quick_verify, tokenizer_hash
+from remit_megatron.data.manifest import quick_verify
+from remit_megatron.data.tokenizer import tokenizer_hash
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.evaluate import boxed_answer
 from remit_megatron.toml import dump_value

@@ -1,15 +1,19 @@
 """config.json: both spellings of the RoPE base, class defaults, and everything that is refused by name."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from remit_megatron.errors import UserError
-from remit_megatron.hf.config import with_both_rope_keys
-from remit_megatron.hf.families import FAMILIES, read_shape, tensor_names
+from remit_megatron.hf.config import length_note, with_both_rope_keys
+from remit_megatron.hf.mapping import FAMILIES, read_fields, read_shape, tensor_names, tensor_shapes
 from remit_megatron.shape import ModelShape
 from tests.hf import tiny
 
+FOLDERS = [json.loads(line) for line in (Path(__file__).parent / "published.jsonl").read_text().splitlines()]
+"""config.json of published models, and the numbers of their parameters as published where that is known."""
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -84,6 +88,7 @@ def test_plain_shapes_stay_as_they_were_on_disk() -> None:
         {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
         {"rope_parameters": {"rope_theta": 700.0}, "rope_scaling": None},
         {"rope_scaling": {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64}},
+        {"rope_theta": None, "rope_scaling": {"rope_type": "default", "rope_theta": 700}},
     ],
 )
 def test_rope_base_in_every_spelling(rope: dict[str, Any]) -> None:
@@ -172,6 +177,73 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("case", FOLDERS, ids=lambda case: case["model"])
+def test_configs_of_published_folders(case: dict[str, Any]) -> None:
+    """Key for key as published: read, with the parameters that the model is known to have, or refused by name."""
+    if "refused" in case:
+        with pytest.raises(UserError) as error:
+            read_shape(case["config"], "c")
+        assert case["refused"] in str(error.value)
+        return
+    shape = read_shape(case["config"], "c")
+    assert shape.num_parameters() == (case["parameters"] or shape.num_parameters())
+    assert shape.rope_theta == case["config"].get("rope_theta", 10_000)
+    assert set(tensor_shapes(shape)) == {name for parts in tensor_names(shape).values() for name in parts}
+
+
+@pytest.mark.parametrize("name", list(tiny.CASES))
+def test_shapes_of_tensors(name: str) -> None:
+    """Computed from sizes alone, against those of transformers."""
+    model = tiny.make_model(name)
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    assert tensor_shapes(read_shape(config, "c")) == {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_scaling": {"rope_type": "default", "rope_theta": 900.0}}])
+def test_rope_base_is_what_transformers_takes(rope: dict[str, Any]) -> None:
+    """Without one as Llama 2 is published, and inside rope_scaling."""
+    from transformers import LlamaConfig
+
+    plain = without(LLAMA, "rope_theta")
+    theirs = LlamaConfig(**{k: v for k, v in plain.items() if k not in ("model_type", "architectures")}, **rope)
+    assert read_shape({**plain, **rope}, "c").rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_harmless_keys_of_older_savers() -> None:
+    """Of transformers 4.46 to 4.51, of TRL, and of what PretrainedConfig wrote before."""
+    more = {
+        "_attn_implementation_autoset": True,
+        "neftune_noise_alpha": 5,
+        "unk_token_id": 0,
+        "finetuning_task": None,
+        "bad_words_ids": None,
+        "suppress_tokens": None,
+        "num_logits_to_keep": 0,
+        "diversity_penalty": 0.0,
+        "cross_attention_hidden_size": None,
+        "_model_name_or_path": "x",
+        "tf_legacy_loss": False,
+        "rope_interleaved": False,
+    }
+    assert read_shape({**LLAMA, **more}, "c") == read_shape(LLAMA, "c")
+
+
+def test_a_key_that_the_user_answers_for() -> None:
+    odd = {**LLAMA, "clip_qkv": None, "use_muon": True}
+    shape, fields = read_fields(odd, "c", ["use_muon", "clip_qkv", "hidden_size", "absent"])
+    assert shape == read_shape(LLAMA, "c")
+    assert fields.allowed_keys() == ["clip_qkv", "use_muon"], "only those that nothing else reads"
+    with pytest.raises(UserError, match="unknown key clip_qkv = null"):
+        read_shape(odd, "c", ["use_muon"])
+
+
+@pytest.mark.parametrize("length", [-1, 0, "4096", 2.5])
+def test_a_length_that_other_programs_cannot_use(length: Any) -> None:
+    assert "max_position_embeddings = " in (length_note({"max_position_embeddings": length}) or "")
+    assert length_note({"max_position_embeddings": 4096}) is None
+    assert length_note({}) is None
+
+
 @pytest.mark.parametrize("name", list(PUBLISHED))
 def test_published_configs(name: str) -> None:
     parameters, config = PUBLISHED[name]
@@ -185,7 +257,7 @@ def without(config: dict[str, Any], key: str) -> dict[str, Any]:
 REFUSED = {
     "mixture of experts": {**LLAMA, "num_local_experts": 8},
     "quantised": {**LLAMA, "quantization_config": {"bits": 4}},
-    "model_type 'mamba'": {**LLAMA, "model_type": "mamba"},
+    'model_type "mamba"': {**LLAMA, "model_type": "mamba"},
     "only LlamaForCausalLM": {**LLAMA, "architectures": ["LlamaForSequenceClassification"]},
     "attention_bias = true": {**LLAMA, "attention_bias": True},
     "mlp_bias = true": {**LLAMA, "mlp_bias": True},
@@ -198,20 +270,48 @@ REFUSED = {
         **LLAMA,
         "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096},
     },
-    "RoPE scaling 'llama3' with factor = \"8\"": {**LLAMA, "rope_scaling": {**LLAMA3, "factor": "8"}},
+    'rope_scaling.factor = "8" is no number from 1': {**LLAMA, "rope_scaling": {**LLAMA3, "factor": "8"}},
     "rope_parameters and rope_scaling disagree": {
         **LLAMA,
         "rope_scaling": LLAMA3,
         "rope_parameters": {**LLAMA3, "factor": 8.0, "rope_theta": 700.0},
     },
     "RoPE scaling 'llama3' in latent attention": {**YOUTU, "rope_scaling": LLAMA3},
-    "RoPE scaling 'yarn'": {**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    "RoPE scaling 'linear'": {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1.0}},
+    'RoPE scaling "yarn" (rope_scaling)': {**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    'RoPE scaling "linear" (rope_parameters)': {
+        **LLAMA,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0},
+    },
     "disagree": {**LLAMA, "rope_parameters": {"rope_theta": 701.0}},
-    "missing key rope_theta": without(LLAMA, "rope_theta"),
+    "missing key rope_theta": without(QWEN3, "rope_theta"),
     "missing key hidden_size": without(LLAMA, "hidden_size"),
     "missing key head_dim": without(QWEN3, "head_dim"),
-    "unknown key clip_qkv": {**LLAMA, "clip_qkv": 8.0},
+    "unknown key clip_qkv = 8.0": {**LLAMA, "clip_qkv": 8.0},
+    "unknown keys clip_qkv = 8.0, logit_scale = 0.5": {**LLAMA, "logit_scale": 0.5, "clip_qkv": 8.0},
+    "rope_interleaved = true: an interleaved rotary embedding": {**LLAMA, "rope_interleaved": True},
+    "unknown key rope_scaling.short_factor = [1.0]": {
+        **LLAMA,
+        "rope_scaling": {"rope_type": "default", "short_factor": [1.0]},
+    },
+    "rope_theta = 700 and rope_scaling.rope_theta = 900 disagree": {
+        **LLAMA,
+        "rope_scaling": {"rope_type": "default", "rope_theta": 900.0},
+    },
+    "a partial rotary embedding": {**LLAMA, "partial_rotary_factor": 0.5},
+    "rope_theta = NaN is no number": {**LLAMA, "rope_theta": float("nan")},
+    "rope_theta = Infinity is no number": {**LLAMA, "rope_theta": float("inf")},
+    "rope_theta = 0.5 is no number from 1": {**LLAMA, "rope_theta": 0.5},
+    "rope_scaling.factor = NaN is no number": {**LLAMA, "rope_scaling": {**LLAMA3, "factor": float("nan")}},
+    "with low_freq_factor = true": {**LLAMA, "rope_scaling": {**LLAMA3, "low_freq_factor": True}},
+    "rms_norm_eps = 1.0 is no number": {**LLAMA, "rms_norm_eps": 1.0},
+    "rms_norm_eps = -Infinity is no number": {**LLAMA, "rms_norm_eps": float("-inf")},
+    "num_hidden_layers = 1000000000: no model has more": {**SMOLLM3, "num_hidden_layers": 10**9},
+    "vocab_size = 1000000000000000000": {**LLAMA, "vocab_size": 10**18},
+    "rope_scaling = [1] is no object": {**LLAMA, "rope_scaling": [1]},
+    'model_type ["llama"] is not supported': {**LLAMA, "model_type": ["llama"]},
+    "model_type null is not supported": {**LLAMA, "model_type": None},
+    "only full_attention is supported": {**LLAMA, "layer_types": [["full_attention"]]},
+    "no_rope_layers must hold a 0 or 1 for each": {**SMOLLM3, "no_rope_layers": 7},
     'vocab_size = "61"': {**LLAMA, "vocab_size": "61"},
     "does not divide by num_key_value_heads": {**LLAMA, "num_key_value_heads": 3},
     "hidden_size = 30 does not divide": {**LLAMA, "hidden_size": 30},
@@ -249,6 +349,8 @@ def test_both_rope_keys() -> None:
     assert both["rope_scaling"] == old["rope_scaling"]
     stretched = with_both_rope_keys({"rope_parameters": {**LLAMA3, "rope_theta": 1.0}}, 5.0)
     assert stretched == {"rope_theta": 5.0, "rope_parameters": {**LLAMA3, "rope_theta": 5.0}, "rope_scaling": LLAMA3}
+    inside = with_both_rope_keys({"rope_scaling": {"rope_type": "default", "rope_theta": 1.0}}, 5.0)
+    assert "rope_theta" not in inside["rope_scaling"], "transformers 5 would take that one"
 
 
 def test_every_family_has_a_tiny_model() -> None:

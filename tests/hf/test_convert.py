@@ -86,6 +86,41 @@ def edit_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     )
 
 
+def write_header(folder: Path, header: bytes) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def store_twice(folder: Path, factor: float) -> None:
+    """Two shards, the norm in both of them, in the second one times `factor`."""
+    tensors = tensors_of(folder)
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    names = sorted(tensors)
+    shards = [names[: len(names) // 2], names[len(names) // 2 :]]
+    places = {}
+    for number, part in enumerate(shards, 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        held = {name: tensors[name] for name in part}
+        held["model.norm.weight"] = tensors["model.norm.weight"] * (1 if number == 1 else factor)
+        save_file(held, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(held, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def list_once(folder: Path, kept: str) -> None:
+    """Of a tied pair one name is stored, and the index lists both."""
+    tensors = tensors_of(folder)
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    head = tensors.pop("model.embed_tokens.weight")
+    tensors[kept] = head
+    save_file(tensors, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    both = [*tensors, "model.embed_tokens.weight", "lm_head.weight"]
+    places = dict.fromkeys(both, "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def overlap(header: dict[str, Any]) -> None:
     first, second, *_ = header.values()
     first["data_offsets"], first["shape"] = second["data_offsets"], second["shape"]
@@ -142,9 +177,45 @@ BAD: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "llama",
         lambda folder: tiny.edit_config(folder, vocab_size=62),
     ),
+    "model.layers.1.mlp.up_proj.weight has 1 numbers that are not finite, the first is nan at [3, 7]": (
+        "llama",
+        lambda folder: one_file(folder, lambda t: t["model.layers.1.mlp.up_proj.weight"][3].__setitem__(7, torch.nan)),
+    ),
+    "model.norm.weight has 2 numbers that are not finite, the first is -inf at [4]": (
+        "llama",
+        lambda folder: one_file(folder, lambda t: t["model.norm.weight"][4:6].fill_(-torch.inf)),
+    ),
+    'model.norm.weight is in "../model.safetensors", which is no file name': (
+        "llama",
+        lambda folder: edit_index(folder, lambda places: places.update({"model.norm.weight": "../model.safetensors"})),
+    ),
+    "which is no file name: an index names files of its own folder": (
+        "llama",
+        lambda folder: edit_index(folder, lambda places: places.update({"model.norm.weight": "m" * 300})),
+    ),
+    "is in model-00001-of-00002.safetensors and in model-00002-of-00002.safetensors, with other values": (
+        "llama",
+        lambda folder: store_twice(folder, 1.5),
+    ),
+    "lm_head.weight is [61, 32], config.json asks for [6100, 32]": (
+        "llama",
+        lambda folder: tiny.edit_config(folder, vocab_size=6100),
+    ),
+    "tensors are fewer than 9000 layers have, which config.json asks for: model.layers.4.": (
+        "llama",
+        lambda folder: tiny.edit_config(folder, num_hidden_layers=9000),
+    ),
+    "no safetensors file: its header: nested deeper": (
+        "llama",
+        lambda folder: write_header(folder, b"[" * 5000 + b"]" * 5000),
+    ),
+    "no safetensors file: its header does not describe tensors": (
+        "llama",
+        lambda folder: edit_header(folder, lambda header: next(iter(header.values())).update(shape=[-1, True])),
+    ),
     "float16 weights: choose --dtype": ("llama", halve(torch.float16)),
     "types bfloat16, float32: choose one with --dtype": ("llama", halve(torch.bfloat16, 0.5)),
-    "is of type F64": ("llama", halve(torch.float64)),
+    'is of type "F64"': ("llama", halve(torch.float64)),
     "has no weight_map from tensors to files": (
         "llama",
         lambda folder: edit_index(folder, lambda places: places.update({"model.norm.weight": 7})),
@@ -156,7 +227,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "damaged: Error while deserializing header": ("llama", lambda folder: edit_header(folder, overlap)),
     "pytorch_model.bin is not read": ("llama", to_bin_only),
     "mixture of experts": ("llama", lambda folder: tiny.edit_config(folder, num_local_experts=8)),
-    "config.json: cannot be read": ("llama", lambda folder: (folder / "config.json").write_text("{")),
+    "config.json: no valid JSON": ("llama", lambda folder: (folder / "config.json").write_text("{")),
 }
 
 
@@ -218,6 +289,17 @@ def test_good_commands(root: Path) -> None:
         with_tables,
         lambda t: t.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(4)}),
     )
+    stored: dict[str, Callable[[Path], None]] = {
+        "twice": lambda folder: store_twice(folder, 1.0),
+        "once": lambda folder: list_once(folder, "model.embed_tokens.weight"),
+        "head only": lambda folder: list_once(folder, "lm_head.weight"),
+    }
+    for name, change in stored.items():
+        shutil.copytree(smol, root / name)
+        change(root / name)
+    odd = root / "llama odd"
+    shutil.copytree(llama, odd)
+    tiny.edit_config(odd, trained_by="somebody")
     lines = [
         ["convert", "import", llama, f"{out}/llama"],
         ["convert", "verify", llama, f"{out}/llama", "--text", "a b c ! 0 9", "--tolerance", "1e-5"],
@@ -233,7 +315,13 @@ def test_good_commands(root: Path) -> None:
         ["convert", "export", f"{out}/old", f"{out}/old hf", "--like", str(old_youtu)],
         ["convert", "import", str(with_tables), f"{out}/tables"],
         ["convert", "export", f"{out}/tables", f"{out}/tables hf", "--like", str(half)],
+        *(["convert", "import", str(root / name), f"{out}/{name}"] for name in stored),
+        *(["convert", "export", f"{out}/{name}", f"{out}/{name} hf", "--like", smol] for name in stored),
+        ["convert", "import", str(odd), f"{out}/odd", "--allow-key", "trained_by"],
         ["convert", "import", llama, f"{out}/llama"],
+        ["convert", "export", f"{out}/half", f"{out}/half hf", "--like", str(half), "--max-shard-gb", "1e-5"],
+        ["convert", "import", smol, f"{out}/llama"],
+        ["convert", "export", f"{out}/llama", f"{out}/half hf", "--like", llama],
         ["convert", "import", llama, f"{out}/no/such/place"],
         ["convert", "import", "org/model", f"{out}/hub"],
         ["convert", "import", str(root / "absent"), f"{out}/hub"],
@@ -241,8 +329,17 @@ def test_good_commands(root: Path) -> None:
         ["convert", "export", f"{out}/absent", f"{out}/wrong", "--like", smol],
     ]
     results = run_ranks(1, commands, lines)[0]
-    assert [code for code, _, _ in results] == [0, 0, 1, *[0] * 11, *[2] * 6], results
+    assert [code for code, _, _ in results] == [0, 0, 1, *[0] * 20, *[2] * 7], results
+    assert "it was there already" in results[21][1], "killed late, and started again"
+    assert "was there already" in results[22][1]
+    assert json.loads((Path(out) / "odd" / "meta.json").read_text())["origin"]["allowed_keys"] == "trained_by"
+    tied = tensors_of(Path(smol))
+    for name in stored:
+        same = tensors_of(Path(out) / f"{name} hf")
+        assert same.keys() == tied.keys()
+        assert all(torch.equal(same[key], tied[key]) for key in tied), name
     says = [
+        "exists already",
         "exists already",
         "is no folder",
         "needs a network",
@@ -250,7 +347,7 @@ def test_good_commands(root: Path) -> None:
         "is a smollm3 model",
         "does not exist",
     ]
-    for (_, _, err), message in zip(results[-6:], says, strict=True):
+    for (_, _, err), message in zip(results[-7:], says, strict=True):
         assert message in err
         assert len(err.strip().splitlines()) == 1
     assert not (root / "out" / "wrong").exists()
@@ -291,20 +388,25 @@ def check_outputs(root: Path, out: Path, half: Path) -> None:
         # Of the checkpoint, whatever the folder that lends its config has.
         assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 700.0
         assert config.get("dtype", config.get("torch_dtype")) == dtype
-    leftovers = [p.name for p in out.iterdir() if p.name.startswith(".")]
+    leftovers = [p.name for p in [*out.iterdir(), *(out / "half hf").iterdir()] if p.name.startswith(".")]
     assert not leftovers
 
 
 PAIRS: dict[str, tuple[int, str]] = {
     "same": (0, "does as a reference"),
-    "chat": (0, "1 added tokens are in one only"),
+    "chat": (2, "1 added tokens are in one only"),
+    "chat allowed": (0, "1 added tokens are in one only"),
+    "saved again": (0, "does as a reference"),
     "theta": (0, "rope_theta: 700 and 1e+06"),
+    "length": (0, "max_position_embeddings = -1"),
     "depth": (0, "num_layers: 4 and 2"),
-    "vocabulary": (2, "vocabulary: 61 rows and 64"),
+    "rows": (0, "vocabulary: 61 rows and 64, of one tokenizer: the rows past its ids are padding"),
+    "rows and tokens": (2, "vocabulary: 61 rows and 64: their losses cannot be compared"),
     "tokens": (2, "tokenizer: another vocabulary"),
     "split": (2, "tokenizer: another pre-tokenizer"),
-    "moved": (2, '"!" is 0 in one and 7 in the other'),
-    "ids": (2, "ids up to 99, its model 61 rows"),
+    "ignore_merges": (2, "tokenizer: model.ignore_merges is false in one and true in the other"),
+    "single_word": (2, '"!" is found with single_word = false in one and not in the other'),
+    "ids": (2, "ids up to 60, its model 60 rows"),
     "no tokenizer": (2, "no tokenizer.json in"),
 }
 
@@ -313,38 +415,52 @@ def make_pairs(root: Path) -> None:
     for name in PAIRS:
         shutil.copytree(root / "llama", root / "pairs" / name)
     pairs = root / "pairs"
-    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    write_tokenizer(root / "llama", added_tokens=[{"id": 0, "content": "!", **token}])
-    for name in PAIRS:
-        write_tokenizer(pairs / name, added_tokens=[{"id": 0, "content": "!", **token}])
-    chat = [{"id": 0, "content": "!", **token}, {"id": 60, "content": "<|im_end|>", **token}]
-    write_tokenizer(pairs / "chat", added_tokens=chat)
-    (pairs / "chat" / "chat_template.jinja").write_text("x")
-    tiny.edit_config(pairs / "chat", eos_token_id=60)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    token = {"id": 0, "content": "!", **flags}
+    model = json.loads((root / "llama" / "tokenizer.json").read_text())["model"]
+    model["vocab"]["#$"] = 60  # no merge leads to it
+    for folder in (root / "llama", *(pairs / name for name in PAIRS)):
+        write_tokenizer(folder, model=model, added_tokens=[token])
+    chat = [token, {"id": 61, "content": "<|im_end|>", **flags}]
+    for name in ("chat", "chat allowed"):
+        write_tokenizer(pairs / name, model=model, added_tokens=chat)
+        (pairs / name / "chat_template.jinja").write_text("x")
+        tiny.edit_config(pairs / name, eos_token_id=60, vocab_size=62)
+    written = {**model, "dropout": 0.0, "merges": [], "continuing_subword_prefix": ""}
+    saved = {"post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}, "model": written}
+    write_tokenizer(pairs / "saved again", added_tokens=[{**token, "id": 7}], **saved)
     tiny.edit_config(pairs / "theta", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     tiny.edit_config(pairs / "depth", num_hidden_layers=2)
-    tiny.edit_config(pairs / "vocabulary", vocab_size=64)
-    model = json.loads((root / "llama" / "tokenizer.json").read_text())["model"]
+    tiny.edit_config(pairs / "rows", vocab_size=64)
+    tiny.edit_config(pairs / "rows and tokens", vocab_size=64)
+    tiny.edit_config(pairs / "length", max_position_embeddings=-1)
     swapped = {**model["vocab"], "!": 1, '"': 0}
-    write_tokenizer(pairs / "tokens", model={**model, "vocab": swapped})
-    write_tokenizer(pairs / "split", pre_tokenizer={"type": "WhitespaceSplit"})
-    write_tokenizer(pairs / "moved", added_tokens=[{"id": 7, "content": "!", **token}])
-    write_tokenizer(
-        pairs / "ids", added_tokens=[{"id": 0, "content": "!", **token}, {"id": 99, "content": "x", **token}]
-    )
+    for name in ("tokens", "rows and tokens"):
+        write_tokenizer(pairs / name, model={**model, "vocab": swapped}, added_tokens=[token])
+    write_tokenizer(pairs / "split", model=model, added_tokens=[token], pre_tokenizer={"type": "WhitespaceSplit"})
+    write_tokenizer(pairs / "ignore_merges", model={**model, "ignore_merges": True}, added_tokens=[token])
+    write_tokenizer(pairs / "single_word", model=model, added_tokens=[{**token, "single_word": True}])
+    tiny.edit_config(pairs / "ids", vocab_size=60)
     (pairs / "no tokenizer" / "tokenizer.json").unlink()
 
 
 def test_check_pairs(root: Path) -> None:
     make_pairs(root)
-    lines = [["convert", "check", str(root / "llama"), str(root / "pairs" / name)] for name in PAIRS]
-    results = run_ranks(1, commands, lines)[0]
-    for (code, out, err), (wanted, message) in zip(results, PAIRS.values(), strict=True):
+    allowed = {"chat allowed": ["--allow-added-tokens"]}
+    lines = [
+        ["convert", "check", str(root / "llama"), str(root / "pairs" / name), *allowed.get(name, [])] for name in PAIRS
+    ]
+    results = dict(zip(PAIRS, run_ranks(1, commands, lines)[0], strict=True))
+    for name, (wanted, message) in PAIRS.items():
+        code, out, err = results[name]
         assert code == wanted, out + err
         assert message in out
         assert len(err.splitlines()) == (1 if wanted else 0)
-        wrong = [line for line in out.splitlines() if line.startswith("wrong")]
-        assert len(wrong) == (1 if wanted else 0), out
+        assert any(line.startswith("wrong") for line in out.splitlines()) == bool(wanted), out
+    assert "rope_theta" not in results["same"][1], "nothing to say of what is the same"
+    assert '"<|im_end|>" becomes ["' in results["chat"][1], "a text and its two splits"
+    assert "--allow-added-tokens accepts that" in results["chat"][1]
+    assert '"#$" becomes ["#" 2, "$" 3] in one and ["#$" 60] in the other' in results["ignore_merges"][1]
 
 
 @pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])

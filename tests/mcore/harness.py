@@ -127,6 +127,9 @@ class Recorder(Around):
             record["ref_nll"] = stats.ref_nll
         if stats.kl is not None:
             record["kl"] = stats.kl.detach().clone()
+        if stats.routed is not None:
+            assert stats.ref_entropy is not None
+            record |= {"chosen": stats.routed.chosen, "compared": stats.routed.compared, "entropy": stats.ref_entropy}
         result = self.inner(stats)
         if stats.ref_nll is not None:
             record["weight"] = gradient_at(result.loss_sum, stats.nll)

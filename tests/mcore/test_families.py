@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from remit_megatron.hf.families import read_shape, tensor_names
+from remit_megatron.hf.mapping import read_shape, tensor_names
 from remit_megatron.plan import stage_parameters
 from remit_megatron.shape import ModelShape
 from tests.hf import tiny

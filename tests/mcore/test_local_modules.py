@@ -90,10 +90,10 @@ def decode_case(rank: int, folder: str) -> dict[str, Any]:
 
     batch = global_batches()[0]
     with torch.no_grad():
-        positions = torch.arange(SEQUENCE).expand_as(batch["tokens"])
-        logits = model(batch["tokens"], positions, None)
-        nll = model(batch["tokens"], positions, None, labels=batch["labels"])
-    want = specification.token_nll(logits.flatten(0, 1), batch["labels"].flatten(), valid_vocab=STUDENT.vocab_size)
+        positions = torch.arange(SEQUENCE).expand_as(batch.tokens)
+        logits = model(batch.tokens, positions, None)
+        nll = model(batch.tokens, positions, None, labels=batch.labels)
+    want = specification.token_nll(logits.flatten(0, 1), batch.labels.flatten(), valid_vocab=STUDENT.vocab_size)
     found["nll error"] = (nll.flatten() - want).abs().max().item()
     destroy_groups()
     return found

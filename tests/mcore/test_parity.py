@@ -35,6 +35,12 @@ CASES = [
     Case("rho1 global", {"name": "rho1", "share": 0.6, "scope": "global"}),
     Case("kd", {"name": "kd", "kd_alpha": 0.7, "temperature": 1.5}),
     Case("kd top 5", {"name": "kd", "top_k": 5}),
+    Case("kd reverse", {"name": "kd", "kd_alpha": 0.5, "temperature": 2.0, "direction": "reverse"}),
+    Case("switch", {"name": "switch"}),
+    Case("switch sequence tied", {"name": "switch", "scope": "sequence", "means": "token"}, student=TIED),
+    Case("switch random", {"name": "switch", "share": 0.3, "route": "random", "nll_on": "all"}),
+    Case("switch correct", {"name": "switch", "route": "correct", "target": "top1"}, document_mask=True),
+    Case("trkd", {"name": "trkd", "share": 0.5}),
 ]
 ONE = [layout("one rank"), layout("one rank, merged scoring", merge_microbatches=4)]
 TWO = [

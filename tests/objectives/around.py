@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from remit_megatron.objectives import Distribution, LossSum, Need, Objective, TokenStats
+from remit_megatron.objectives import Distribution, LossSum, Need, Objective, Routing, TokenStats
 
 
 class Around:
@@ -38,6 +38,10 @@ class Around:
     @property
     def global_share(self) -> float | None:
         return self.inner.global_share
+
+    @property
+    def routing(self) -> Routing | None:
+        return self.inner.routing
 
     @property
     def needs_reference(self) -> bool:

@@ -36,7 +36,7 @@ class Cluster:
     Processes are told apart by the ids of their jobs: a second cluster counts from another `first_job`.
     """
 
-    def __init__(self, root: Path, first_job: int = 1, message_timeout_s: int = 10):
+    def __init__(self, root: Path, first_job: int = 1, message_timeout_s: int = 30):
         self.root, self.first_job, self.message_timeout_s = root, first_job, message_timeout_s
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "REMIT_"))},
@@ -205,7 +205,7 @@ class Cluster:
     def ended(self, job: str) -> bool:
         return self.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
 
-    def wait(self, condition: Callable[[], Any], otherwise: str, timeout_s: float = 900) -> None:
+    def wait(self, condition: Callable[[], Any], otherwise: str, timeout_s: float = 1800) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"{otherwise}; logs in {self.root / 'log'}"

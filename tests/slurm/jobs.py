@@ -76,7 +76,8 @@ class Run:
         """
         path = self.folder.with_suffix(".profile.toml")
         settings = tomllib.loads((SHIPPED / "loopback.toml").read_text())
-        settings["slurm"] |= {"partition": f"pair{self.pair}", "preflight": False}
+        # A machine that has other work may need many times the minutes of the shipped limit.
+        settings["slurm"] |= {"partition": f"pair{self.pair}", "preflight": False, "time_limit": "60"}
         for key, value in (profile or {}).items():
             (settings if key in ("container", "environment") else settings["slurm"])[key] = value
         # Hundreds of lines of Megatron's, in logs that a failing test shows.
@@ -163,7 +164,7 @@ class Run:
         self.wait(lambda: self.cluster.ended(job), f"job {job} did not end")
         return self.cluster.job(job)
 
-    def wait(self, condition: Any, otherwise: str, timeout_s: float = 900) -> None:
+    def wait(self, condition: Any, otherwise: str, timeout_s: float = 1800) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"{otherwise}:\n{self.story()}"

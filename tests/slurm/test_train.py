@@ -90,7 +90,7 @@ def test_time_limit(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed)
         cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 3}")
         run.wait(lambda: all(has_pending(pid, signal.SIGUSR1) for pid in ranks), "SLURM sent no signal")
     run.wait(lambda: cluster.job(job)["JobState"] == "PENDING", "the job did not queue itself again")
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     end = run.wait_for_end(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1")
     assert run.names() == ["start", "requeue", "start", "end"]
