@@ -25,7 +25,7 @@ FORMAT = 1
 NAMES = "step-" + "[0-9]" * 8
 """Of complete checkpoints; whatever else lies beside them, a copy made by hand for instance, is nobody's business."""
 IDENTITY_BYTES = 1 << 20
-LATER = ("settings", "held_out", "manifest")
+LATER = ("skipped", "broken", "settings", "held_out", "manifest")
 """Fields of meta.json that are left out where they have no value."""
 
 
@@ -55,9 +55,13 @@ class Meta:
     """Identity of the reference that guided the run; see `identity`."""
     origin: dict[str, str] | None = None
     """Where the weights were converted from; none: they were trained here."""
+    skipped: int | None = None
+    """Steps of the run, up to this one, that updated nothing. None, as in `settings`, `held_out` and `manifest`: of a
+    version that did not say it."""
+    broken: str | None = None
+    """Of the run's last step: why the run is not called done."""
     settings: str | None = None
-    """Of the recipe, what a resume must have in common; see `remit_megatron.run.folder.settings_digest`. None, as in
-    `held_out` and `manifest`: written by a version that did not say it."""
+    """Of the recipe, what a resume must have in common; see `remit_megatron.run.folder.settings_digest`."""
     held_out: dict[str, str] | None = None
     """Content of the held-out sets by name: fingerprint and number of samples."""
     manifest: str | None = None

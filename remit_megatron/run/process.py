@@ -120,7 +120,7 @@ def largest_of_ranks(value: Tensor) -> float:
 
     value: on the device that ranks talk by. Collective.
     """
-    both = torch.stack([value.nan_to_num(nan=-math.inf), value.isnan().to(value.dtype)])
+    both = torch.stack([value.masked_fill(value.isnan(), -math.inf), value.isnan().to(value.dtype)])
     dist.all_reduce(both, op=dist.ReduceOp.MAX)
     largest, is_nan = both.tolist()
     return math.nan if is_nan else float(largest)

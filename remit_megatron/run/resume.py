@@ -46,6 +46,7 @@ def _fresh(ready: Ready, held_out: Mapping[str, str]) -> Meta:
         distributed_optimizer=recipe.parallel.distributed_optimizer,
         precision=plan.precision,
         reference=plan.reference_identity,
+        skipped=0,
         settings=settings_digest(recipe),
         held_out=dict(held_out),
     )
@@ -77,7 +78,12 @@ def _resumed(path: Path, saved: Meta, fresh: Meta) -> Standing:
             "those of this start are taken for them from here on"
         )
     meta = replace(
-        saved, data=fresh.data, settings=fresh.settings, held_out={**(saved.held_out or {}), **(fresh.held_out or {})}
+        saved,
+        data=fresh.data,
+        skipped=saved.skipped or 0,
+        settings=fresh.settings,
+        held_out={**(saved.held_out or {}), **(fresh.held_out or {})},
+        manifest=None,
     )
     return Standing(meta=meta, replaced=replaced, remarks=tuple(remarks))
 

@@ -1,8 +1,9 @@
 """status.json and DONE of a run folder: what a run does now, for whoever watches it from outside.
 
 `{"state": "starting" | "running" | "stopped" | "done" | "failed" | "hung", "step", "total_steps", "tokens", "loss",
-"tokens_per_s", "checkpoint_step", "exit_code", "reason", "updated_unix_s", "started_unix_s", "eta_s", "host", "job",
-"restart"}`: null where a value is not known (yet). Written by rank 0; of a hang by any rank that sees it.
+"tokens_per_s", "skipped_steps", "checkpoint_step", "exit_code", "reason", "updated_unix_s", "started_unix_s", "eta_s",
+"host", "job", "restart"}`: null where a value is not known (yet). Written by rank 0; of a hang by any rank that sees
+it.
 """
 
 import contextlib
@@ -54,6 +55,7 @@ class Status:
             "tokens": checkpoint.tokens if checkpoint else 0,
             "loss": None,
             "tokens_per_s": None,
+            "skipped_steps": (checkpoint.skipped or 0) if checkpoint else 0,
             "checkpoint_step": checkpoint.step if checkpoint else None,
             "exit_code": None,
             "reason": None,
@@ -81,6 +83,7 @@ class Status:
             tokens=line["tokens"],
             loss=loss if loss is not None and math.isfinite(loss) else None,
             tokens_per_s=line["tokens_per_s"],
+            skipped_steps=self._fields["skipped_steps"] + (line.get("skipped") or 0),
             eta_s=pace_s and pace_s * (self._fields["total_steps"] - step),
         )
         if starting or now - self._written_s >= SECONDS_BETWEEN_WRITES:

@@ -1,7 +1,8 @@
 """What happens after a step, beside the step itself. Hooks are called in order, on every rank."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ class Moment:
     is_stop: bool
     """Whether this start ends here, because it was asked to."""
 
+
+MAX_SKIPPED_SHARE = 0.1
+"""Of a run's steps, as many may update nothing; with more it is not called done."""
 
 Hook = Callable[[Moment], None]
 
@@ -70,13 +74,55 @@ def refusal_of_divergence(recipe: Recipe, progress: Progress, say: Callable[[str
 
     def refuse(moment: Moment) -> None:
         bad_steps = progress.meta.bad_steps
+        reference = _broken_reference(recipe, moment.line)
         if bad_steps:
-            say(f"step {moment.step}: the gradient norm is not finite: no update ({bad_steps} in a row)")
+            cause = f": {reference}" if reference else ""
+            say(f"step {moment.step}: the gradient norm is not finite: no update ({bad_steps} in a row){cause}")
         if bad_steps >= limit:
+            remedy = reference or (
+                "look at the data of these steps, or start another run folder with "
+                f"model.init = '{recipe.run}' and a lower optimizer.peak_lr"
+            )
             raise RunError(
                 f"{bad_steps} steps in a row had a gradient norm that is not finite (optimizer.max_bad_steps = "
-                f"{limit}), last at step {moment.step}: look at the data of these steps, or start another run folder "
-                f"with model.init = '{recipe.run}' and a lower optimizer.peak_lr"
+                f"{limit}), last at step {moment.step}: {remedy}"
             )
 
     return refuse
+
+
+def _broken_reference(recipe: Recipe, line: dict[str, Any]) -> str | None:
+    """That the reference is the cause of a skipped step; None where it is not."""
+    if not line.get("broken_scores") or recipe.reference is None:
+        return None
+    return (
+        f"the reference gives no number for {line['broken_scores']} tokens of it: a weight of reference.path = "
+        f"'{recipe.reference.path}' is broken, or its precision is; name another reference"
+    )
+
+
+def judgement(recipe: Recipe, progress: Progress) -> Hook:
+    """At the last step, into its checkpoint: why the run cannot be called done, where it cannot."""
+
+    def judge(moment: Moment) -> None:
+        if moment.is_last:
+            broken = _broken_end(recipe, progress.meta.skipped or 0, moment.line)
+            progress.meta = replace(progress.meta, broken=broken)
+
+    return judge
+
+
+def _broken_end(recipe: Recipe, skipped: int, line: dict[str, Any]) -> str | None:
+    total = recipe.train_steps
+    figures = [key for key, value in line.items() if key.startswith("eval/") and not math.isfinite(value)]
+    if figures:
+        return f"the last evaluation is no number ({', '.join(figures)}): the model is broken"
+    if skipped > MAX_SKIPPED_SHARE * total:
+        what = "no step updated the model" if skipped == total else f"{skipped} of {total} steps updated nothing"
+        allowed = f" (allowed: {MAX_SKIPPED_SHARE:.0%})"
+        reference = _broken_reference(recipe, line)
+        cause = (
+            f": {reference}" if reference else ": log.txt names them; look at their data, or lower optimizer.peak_lr"
+        )
+        return f"{what}, because the gradient norm was not finite{allowed}{cause}"
+    return None

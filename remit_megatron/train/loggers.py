@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from remit_megatron.config import Recipe, load_recipe
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.optional import check_wandb
-from remit_megatron.run.checkpoint import CheckpointFolder, read_meta
+from remit_megatron.run.checkpoint import CheckpointFolder, Meta, read_meta
 from remit_megatron.train.wandb_run import Target, WandbProcess, upload
 
 Line = dict[str, Any]
@@ -81,6 +81,8 @@ def _more(line: Line) -> str:
         parts.append(f"reference {line['score_ms'] / line['step_ms']:.0%}")
     if "mfu" in line:
         parts.append(f"MFU {line['mfu']:.1%}")
+    if line.get("skipped_steps"):
+        parts.append(f"{line['skipped_steps']} skipped")
     parts += [f"{key.removeprefix('eval/')} {value:.4f}" for key, value in line.items() if key.startswith("eval/")]
     return "  ".join(parts)
 
@@ -129,9 +131,12 @@ class TensorBoardLog:
 class Loggers:
     """All loggers of rank 0. None of them ever stops training."""
 
-    def __init__(self, run: Path, recipe: Recipe, start_step: int, identities: dict[str, str]):
+    def __init__(self, run: Path, recipe: Recipe, meta: Meta):
+        """meta: where the run stands."""
+        start_step = meta.step
         self.progress = ProgressLog(run, recipe, start_step)
-        self.identities = dict(identities)
+        self.identities = dict(meta.loggers)
+        self._skipped = meta.skipped or 0
         self._tensorboard: TensorBoardLog | None = None
         self._wandb: WandbProcess | None = None
         if recipe.logging.tensorboard:
@@ -142,7 +147,9 @@ class Loggers:
         self._every, self._total = recipe.logging.every_steps, recipe.train_steps
 
     def write(self, line: Line) -> None:
-        """A line that is in metrics.jsonl already: W&B follows that file."""
+        """A line that is in metrics.jsonl already: W&B follows that file. To it comes how many steps were skipped."""
+        self._skipped += line.get("skipped") or 0
+        line = {**line, "skipped_steps": self._skipped}
         self.progress.write(line)
         evaluated = any(key.startswith("eval/") for key in line)
         tensorboard = self._tensorboard

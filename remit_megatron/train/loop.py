@@ -6,12 +6,12 @@ from pathlib import Path
 from remit_megatron.config import Recipe
 from remit_megatron.data.loader import make_loader
 from remit_megatron.data.steps import BatchPlan, Loader
-from remit_megatron.errors import DamagedError, StopRequested
+from remit_megatron.errors import DamagedError, RunError, StopRequested
 from remit_megatron.run.process import Process, StopSignals, from_rank_0, joined_process
 from remit_megatron.run.status import Status
 from remit_megatron.run.watchdog import Watchdog
 from remit_megatron.train.announce import precision_lines, start_lines
-from remit_megatron.train.hooks import Hook, Moment, evaluation, every, refusal_of_divergence, token_records
+from remit_megatron.train.hooks import Hook, Moment, evaluation, every, judgement, refusal_of_divergence, token_records
 from remit_megatron.train.outputs import Outputs
 from remit_megatron.train.saver import Saver
 from remit_megatron.train.setup import SetUp, set_up
@@ -83,6 +83,7 @@ def _start(parts: SetUp, outputs: Outputs, watchdog: Watchdog) -> "Trainer":
         every(recipe.evaluation.every_steps, evaluation(student, parts.evaluator, watchdog, process.device)),
         *_recording(parts, student),
         outputs.write,
+        judgement(recipe, progress),
         refusal_of_divergence(recipe, progress, outputs.say),
         saver.poll,
         every(recipe.checkpoint.every_steps, saver.after, at_stop=True),
@@ -126,6 +127,8 @@ class Trainer:
         if self.parts.source:
             self.parts.source.want(total + 1, done=True)
         self.watchdog.ending()
+        if progress.meta.broken:
+            raise RunError(f"{recipe.run}: not done, though its last checkpoint is complete: {progress.meta.broken}")
         from_rank_0(lambda: self._done(total), self.parts.ready.process.device)
         self.outputs.say(f"{recipe.run}: done, {progress.meta.tokens:,} tokens")
 

@@ -26,7 +26,7 @@ class Outputs:
         if meta.step < recipe.train_steps:
             self.status.undone()
         self._metrics = MetricsFile(folder.path / "metrics.jsonl", meta.step)
-        self._loggers = Loggers(folder.path, recipe, meta.step, meta.loggers)
+        self._loggers = Loggers(folder.path, recipe, meta)
         for text in first_lines:
             self.say(text)
         if self._metrics.missing:

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from remit_megatron import flops
+from remit_megatron.data.microbatch import Scores
 from remit_megatron.data.steps import Loader, Step
 from remit_megatron.mcore.passes import run_schedule
 from remit_megatron.mcore.step import ForwardStep
@@ -65,12 +67,32 @@ class TrainStep:
             declared=self.forward_step.objective.metrics,
         )
         elapsed = self._now() - started
-        bad_steps = 0 if updated else self.progress.meta.bad_steps + 1
-        meta = asdict(self.progress.meta) | {"step": step, "tokens": tokens, "bad_steps": bad_steps}
-        self.progress.meta = Meta(**meta)
+        meta, skipped = self.progress.meta, int(not updated)
+        self.progress.meta = replace(
+            meta,
+            step=step,
+            tokens=tokens,
+            bad_steps=(meta.bad_steps + 1) * skipped,
+            skipped=(meta.skipped or 0) + skipped,
+        )
         line = {"step": step, "tokens": tokens, **read(ratios), "grad_norm": grad_norm, "lr": lr}
-        line |= {"skipped": int(not updated), **self._timing(elapsed, scored - loaded, filled), "data_ms": data.wait_ms}
+        line |= {"skipped": skipped, **self._timing(elapsed, scored - loaded, filled), "data_ms": data.wait_ms}
+        if skipped and (broken := self._broken_scores(filled)):
+            line["broken_scores"] = broken
         return line, bool(stop)
+
+    def _broken_scores(self, filled: Filled) -> int:
+        """Unmasked tokens of which the reference gave no number, over all ranks. Collective."""
+        count = torch.zeros((), device=self.ready.process.device)
+        for one in filled.microbatches if self.ready.groups.counts_loss else ():
+            kept = self.ready.deal.cut(one.loss_mask.to(count.device)) > 0
+            scores = one.scores or Scores()
+            if scores.ref_nll is not None:
+                count += (kept & ~scores.ref_nll.isfinite()).sum()
+            elif scores.hidden is not None:
+                count += (kept & ~scores.hidden.isfinite().all(dim=-1)).sum()
+        dist.all_reduce(count)
+        return int(count)
 
     def _filled(self, step: int, data: Step) -> Filled:
         """The microbatches, with scores where the objective takes any."""

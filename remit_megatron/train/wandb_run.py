@@ -99,12 +99,15 @@ def upload(target: Target, until_end_of: BinaryIO | None = None) -> str:
 
     run = _start(target)
     run.define_metric("*", step_metric="tokens")
+    skipped = 0
     for line in _lines(Path(target.run) / "metrics.jsonl", until_end_of):
         step = line["step"]
+        skipped += line.get("skipped") or 0
         evaluated = any(key.startswith("eval/") for key in line)
         due = step % target.every_steps == 0 or evaluated or step == target.last_step
         if step > target.after_step and due:
-            run.log({key: _value(wandb, value) for key, value in line.items()}, step=step)
+            values = {key: _value(wandb, value) for key, value in line.items()}
+            run.log({**values, "skipped_steps": skipped}, step=step)
     folder = str(Path(run.dir).parent)
     run.finish()
     wandb.teardown()  # an offline run is on disk only once wandb's own process has ended

@@ -17,6 +17,7 @@ KEYS = [
     "tokens",
     "loss",
     "tokens_per_s",
+    "skipped_steps",
     "checkpoint_step",
     "exit_code",
     "reason",
@@ -54,6 +55,12 @@ def test_states(status: Status, tmp_path: Path) -> None:
     with status.outcome():
         status.stepped(line(5))
         assert content(tmp_path)["state"] == "running"
+        status.stepped(line(6, None))
+        status.saved(6)
+        status.stepped({**line(6), "skipped": 1})
+        status.saved(6)
+        now = content(tmp_path)
+        assert now["skipped_steps"] == 1
         status.stepped(line(6, None))
         status.saved(6)
         now = content(tmp_path)
