@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from remit_megatron.data.files import is_held, writing
+from remit_megatron.data.files import clear_dead, is_held, temporary_name, writing
 from remit_megatron.errors import UserError
 from remit_megatron.scores.manifest import CacheManifest, first_difference
 
@@ -195,8 +195,9 @@ class ScorerSide:
         found = [int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.scores")]
         self._ready = {step for step in found if read_step(folder, step, manifest) is not None}
         self._remove(step for step in found if step not in self._ready)
-        for path in folder.glob(".step-*.tmp"):  # of a scorer that was killed
+        for path in folder.glob(".step-*.tmp"):  # of a scorer that was killed: the only one holds its lock
             path.unlink(missing_ok=True)
+        clear_dead(folder)
 
     def next(self) -> tuple[int | None, bool]:
         """(step to be scored now, or None where there is none; whether the run is done). Beats.
@@ -305,7 +306,10 @@ def _read_json(path: Path) -> Any:
 
 def _replace(path: Path, content: bytes) -> None:
     """Whole or not at all, for readers. Not made to survive a power cut: what is lost then is scored again."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     with writing(path):
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
