@@ -91,7 +91,8 @@ def test_run_folder(earlier: Path) -> None:
     before = content(folder)
     recipe = load_recipe(folder / "recipe.toml")
     assert recipe.fingerprint() == "3e3d27b75e59"
-    assert dump_toml(recipe).encode() == before["recipe.toml"]
+    # Written again it says the same, and the defaults of keys that came later.
+    assert set(before["recipe.toml"].decode().splitlines()) <= set(dump_toml(recipe).splitlines())
     RunFolder(folder, recipe).check()
     latest = CheckpointFolder(folder / "checkpoints", keep=2).latest()
     assert latest == folder / "checkpoints" / "step-00000001"
