@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from remit_megatron.benchmark.model import without_ranks
 from remit_megatron.data.files import writing
 from remit_megatron.errors import RemitError, RunError, StopRequested, UserError
-from remit_megatron.eval.model import without_ranks
 from remit_megatron.processes import STOP_SIGNALS, die_with_parent
 
 TAIL_BYTES = 20_000

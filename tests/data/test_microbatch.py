@@ -58,7 +58,9 @@ def test_own_position_ids_are_kept() -> None:
 
 def test_what_is_of_this_rank_is_not_cut_again() -> None:
     deal = Deal(cp_rank=1, cp_size=2)
-    scores = Scores(ref_nll=torch.rand(2, 4), hidden=torch.rand(2, 4, 3), entropy=torch.rand(2, 4))
+    scores = Scores(
+        ref_nll=torch.rand(2, 4), hidden=torch.rand(2, 4, 3), entropy=torch.rand(2, 4), agrees=torch.ones(2, 4)
+    )
     whole = Microbatch(**batch()).with_scores(scores).with_selected(torch.ones(2, 4))
     local = whole.local(deal, CPU)
     assert local.scores is not None

@@ -281,7 +281,7 @@ def test_workers_do_without_torch() -> None:
 
 def test_cache_of_words_is_bounded(tokenizer_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """gigatoken keeps every word it has seen; it begins anew, with the same ids, when that has taken enough memory."""
-    monkeypatch.setattr(backends, "CACHE_BYTES", 8 << 20)
+    monkeypatch.setattr(backends, "CACHE_BYTES", 1 << 20)
     monkeypatch.setattr(backends, "LOOK_BYTES", 1 << 18)
     file = TokenizerFile.load(tokenizer_dirs["olmo2"])
     bounded, whole, begins = Gigatoken(file), Gigatoken(file), []
@@ -289,7 +289,7 @@ def test_cache_of_words_is_bounded(tokenizer_dirs: dict[str, Path], monkeypatch:
     monkeypatch.setattr(bounded, "_begin", lambda: (begins.append(1), begin()))
     monkeypatch.setattr(whole, "_bound_cache", lambda texts: None)
     generator = random.Random(0)
-    texts = [" ".join("".join(generator.choices("abcdefgh", k=9)) for _ in range(200)) for _ in range(1500)]
+    texts = [" ".join("".join(generator.choices("abcdefgh", k=9)) for _ in range(200)) for _ in range(3000)]
     ids = [bounded.encode(texts[start : start + 50])[0] for start in range(0, len(texts), 50)]
     assert begins
     assert np.array_equal(np.concatenate(ids), whole.encode(texts)[0])

@@ -1,5 +1,6 @@
 """Which stages a file gives, which of them arms share, and which mistakes are refused; nothing runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,14 @@ def test_given_models(root: Path) -> None:
     assert plan(root, given={"rl": str(root / "elsewhere")})["r1-remit-rl"].key == nodes["r1-remit-rl"].key
     wheels.make_base(root / "elsewhere", seed=4)
     assert plan(root, given={"rl": str(root / "elsewhere")})["r1-remit-rl"].key != nodes["r1-remit-rl"].key
-    wheels.make_base(root / "larger", vocab_size=64)
-    with pytest.raises(UserError, match=r"given.rl: .*larger does not do as a reference for the base: vocabulary: 61"):
-        plan(root, given={"rl": str(root / "larger")})
+    other = root / "elsewhere" / "tokenizer.json"
+    content = json.loads(other.read_text())
+    one, two = sorted(content["model"]["vocab"])[-2:]
+    ids = content["model"]["vocab"]
+    ids[one], ids[two] = ids[two], ids[one]
+    other.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"given.rl: .*elsewhere does not do as a reference for the base: tokenizer"):
+        plan(root, given={"rl": str(root / "elsewhere")})
 
 
 @pytest.mark.parametrize(

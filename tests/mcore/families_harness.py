@@ -4,7 +4,7 @@ Folders: hf/NAME as transformers wrote it, checkpoint/NAME imported from it, LAY
 layout, out/LAYOUT/NAME exported from there.
 """
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from remit_megatron.mcore.passes import run_schedule
 from remit_megatron.mcore.platform import activate
 from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import NTP
-from remit_megatron.run.checkpoint import read_meta
+from remit_megatron.run.checkpoint import read_meta, write_meta
 from tests.hf import tiny
 from tests.mcore.harness import BUILD, REFERENCE, Case, Layout, save_initial, train_case
 
@@ -95,7 +95,7 @@ def _one_model(checkpoint: Path, layout: Layout, target: Path | None, groups: Gr
     if target is not None:
         if dist.get_rank() == 0:
             target.mkdir(parents=True)
-            shutil.copy(checkpoint / "meta.json", target / "meta.json")
+            write_meta(target, replace(read_meta(checkpoint), manifest=None))
         dist.barrier()
         dist_checkpoint.save(target, chunks, None)
     whole = tiny.batch(shape.vocab_size)
