@@ -14,7 +14,7 @@ class Local(Backend[Section]):
     takes_profile = False
 
     def check(self, launch: Launch) -> None:
-        pass
+        """Any machine that got this far will do."""
 
     def dry_run(self, launch: Launch) -> int:
         chosen = " ".join(f"{name}={value}" for name, value in _variables(launch).items())

@@ -71,15 +71,15 @@ class Stage(Section):
 
 
 class SFTStage(SFT, Stage):
-    pass
+    """[sft] of a wheel."""
 
 
 class DPOStage(DPO, Stage):
-    pass
+    """[dpo] of a wheel."""
 
 
 class RLStage(RL, Stage):
-    pass
+    """[rl] of a wheel."""
 
 
 STAGES: dict[str, type[Section]] = {"sft": SFT, "dpo": DPO, "rl": RL}

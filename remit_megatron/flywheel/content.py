@@ -31,8 +31,8 @@ class Contents:
         try:
             known = json.loads(memory.read_text())
             self._known = known if isinstance(known, dict) else {}
-        except (OSError, ValueError):
-            pass
+        except (OSError, ValueError):  # hashes are remembered to save time: without them files are read again
+            self._known = {}
 
     def file(self, path: Path, key: str) -> str:
         """SHA-256 of a file in hex. Raises UserError, naming the key that named it, where it cannot be read."""
