@@ -14,7 +14,7 @@ from remit_megatron.data.files import write_atomically
 from remit_megatron.errors import RemitError, UserError
 from remit_megatron.hf import layout, tokenizer
 from remit_megatron.hf.config import read_json, with_both_rope_keys
-from remit_megatron.hf.folder import HFFolder, made_of, write_tensors
+from remit_megatron.hf.folder import HFFolder, write_tensors
 from remit_megatron.hf.mapping import family_of, read_shape
 from remit_megatron.mcore import dist_checkpoint
 from remit_megatron.mcore.whole import stored_dtype, whole_model
@@ -22,6 +22,8 @@ from remit_megatron.run.checkpoint import identity, read_meta, resolve_checkpoin
 from remit_megatron.shape import ModelShape
 
 MAX_SHARD_BYTES = 5_000_000_000
+MADE_OF = ".made_of"
+"""What an export was made of. Not in the shards: two checkpoints of the same weights give the same shards."""
 
 
 def export_checkpoint(
@@ -62,8 +64,8 @@ def export_checkpoint(
             sizes = {name: place.part.numel() * dtype.itemsize for name, place in found.items()}
             partial.mkdir()
             with ByteProgress(f"writing {target}", sum(sizes.values()), quiet) as progress:
-                write_tensors(partial, _tensors(found, dtype, progress), sizes, max_shard_bytes, source)
-            for name, content in texts.items():
+                write_tensors(partial, _tensors(found, dtype, progress), sizes, max_shard_bytes)
+            for name, content in {**texts, MADE_OF: source.encode()}.items():
                 write_atomically(partial / name, content)
             finish(partial, target)
     return True
@@ -105,6 +107,6 @@ def _holds(target: Path, source: str, texts: dict[str, bytes]) -> bool:
     """Whether a folder is this very export, whole."""
     try:
         HFFolder(target)
-        return made_of(target) == source and all((target / name).read_bytes() == text for name, text in texts.items())
+        return all((target / name).read_bytes() == text for name, text in {**texts, MADE_OF: source.encode()}.items())
     except (RemitError, OSError):
         return False

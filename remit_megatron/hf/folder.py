@@ -27,8 +27,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PAIR = frozenset((HEAD, EMBEDDING))
-MADE_OF = "remit_made_of"
-"""Key of a shard's own description, for an export to know its own."""
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Types of tensors in a safetensors header: torch's names of them."""
 COMPUTED = ".rotary_emb.inv_freq"
@@ -288,12 +286,11 @@ def write_tensors(
     tensors: Iterable[tuple[str, "torch.Tensor"]],
     sizes: dict[str, int],
     max_shard_bytes: int,
-    made_of: str = "",
 ) -> None:
     """Write tensors, in the order given, as shards of at most max_shard_bytes, with an index where there are several.
 
-    sizes: bytes of each tensor, by name, in the same order: they fix the shards before the first is written. made_of:
-    what every shard says it was made of. Raises RunError where the disk refuses.
+    sizes: bytes of each tensor, by name, in the same order: they fix the shards before the first is written. Raises
+    RunError where the disk refuses.
     """
     from safetensors.torch import save_file
 
@@ -309,12 +306,11 @@ def write_tensors(
         f"model-{i:05d}-of-{len(plan):05d}.safetensors" for i in range(1, len(plan) + 1)
     ]  # fmt: skip
     source = iter(tensors)
-    metadata = {"format": "pt"} | ({MADE_OF: made_of} if made_of else {})
     for file, names in zip(files, plan, strict=True):
         shard = dict(next(source) for _ in names)
         assert list(shard) == names
         try:
-            save_file(shard, folder / file, metadata=metadata)
+            save_file(shard, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise RunError(
                 f"{folder / file}: cannot be written: {' '.join(str(error).split())[:200]}: free space there, or name "
@@ -325,18 +321,6 @@ def write_tensors(
         places = {name: file for file, names in zip(files, plan, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         write_atomically(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-
-
-def made_of(folder: Path) -> str | None:
-    """What the shards of a folder say they were made of; None where they say nothing, or not all the same."""
-    said = set()
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="numpy") as tensors:
-                said.add((tensors.metadata() or {}).get(MADE_OF))
-        except (SafetensorError, OSError):
-            return None
-    return said.pop() if len(said) == 1 else None
 
 
 def _some(names: Collection[str]) -> str:

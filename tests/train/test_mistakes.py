@@ -16,7 +16,7 @@ from data_prep.writer import write_dataset
 from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.data.indexed import HEADER_BYTES, open_index
 from remit_megatron.optional import importable
-from remit_megatron.run.checkpoint import read_meta, write_meta
+from remit_megatron.run.checkpoint import read_meta, resolve_checkpoint, write_meta
 from tests.ranks import run_ranks
 from tests.train.runs import EOD, VOCAB, remit, settings
 
@@ -69,8 +69,11 @@ def _cases(folder: Path) -> list[Case]:
         write_meta(meta.parent, replace(read_meta(meta.parent), shape=shape))
     untrained = folder / "untrained"
     shutil.copytree(folder / "base", untrained)
-    for meta in untrained.glob("checkpoints/*/meta.json"):
-        write_meta(meta.parent, replace(read_meta(meta.parent), step=0))
+    last = resolve_checkpoint(str(untrained), "untrained")
+    meta_of_last = read_meta(last)
+    first = last.rename(last.with_name("step-00000000"))
+    write_meta(first, replace(meta_of_last, step=0))
+    (first.parent / "latest").write_text(f"{first.name}\n")
     torn = folder / "torn"
     shutil.copytree(folder / "base", torn)
     for shard in torn.glob("checkpoints/*/*.distcp"):
