@@ -213,6 +213,9 @@ class Checkpoint(Section):
     """0: at the end, and when asked to stop, only."""
     keep: Positive = 2
     """Newest checkpoints that stay; older ones are removed once a newer one is complete."""
+    keep_every_tokens: NonNegative = 0
+    """One is also saved at the first step that reaches each multiple of so many tokens, and stays: for `remit benchmark
+    --kept`. `keep` does not count these. 0: none."""
     asynchronous: bool = False
     """Write in a background process while training goes on."""
 
