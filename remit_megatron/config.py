@@ -38,6 +38,7 @@ from remit_megatron.sections import (
     Section,
     Source,
     Watchdog,
+    without_later,
 )
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Recipe(Section):
 
         Layout, device, logging, limits and checkpoint cadence may change between two starts of a run; the rest may not.
         """
-        settings = self.model_dump(exclude=NOT_IDENTITY)
+        settings = without_later(self, self.model_dump(exclude=NOT_IDENTITY))
         settings["objective"] = self.objective.identity()
         settings["data"].pop("eval")
         for key in ("cache_dir", "loader", "prefetch_steps"):

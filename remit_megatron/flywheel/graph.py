@@ -19,6 +19,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.flywheel.config import STAGES, Arm, Stage, Wheel
 from remit_megatron.flywheel.content import Contents, digest
 from remit_megatron.posttrain.contract import KEEP, MODEL, DataFile, StageSpec, keep_name
+from remit_megatron.sections import without_later
 
 NTP = Arm(objective={"name": "ntp"})
 MID, BENCHMARK = "mid", "benchmark"
@@ -157,7 +158,7 @@ class _Builder:
         for label, benchmark in self.wheel.benchmarks.items():
             if kind in benchmark.after:
                 files = {one: self.contents.file(Path(one), f"benchmarks.{label}.data") for one in benchmark.data}
-                settings = benchmark.model_dump(mode="json", exclude={"after", "data"})
+                settings = without_later(benchmark, benchmark.model_dump(mode="json", exclude={"after", "data"}))
                 self._add(f"{name}-{label}", BENCHMARK, benchmark, settings, files, {"model": model})
 
     def _add(
