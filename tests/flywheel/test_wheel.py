@@ -193,6 +193,19 @@ def test_a_parent_that_was_replaced(copied: Copied) -> None:
     assert not nodes["r1-remit-sft"].folder.exists()
 
 
+def test_a_kept_model_that_was_replaced(copied: Copied) -> None:
+    """What RL kept on its way guides an arm: a byte of it that changed is refused by name."""
+    root = copied()
+    file = change(root, "arms", early={"reference": "rl@0.5", "rounds": 1})
+    kept = wheels.nodes(file)["r0-rl"].folder / "keep" / "050"
+    with (kept / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x07")
+    with pytest.raises(UserError, match=r"keep/050: is not what stage r0-rl kept: remove .* to make it again"):
+        run(file, "r1-early-mid")
+    assert not wheels.nodes(file)["r1-early-mid"].folder.exists()
+
+
 def test_a_parent_that_was_made_again(copied: Copied) -> None:
     """With the same bytes its children stay done; with others they are stale, and what they were is moved aside."""
     root = copied()
