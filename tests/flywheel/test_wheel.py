@@ -289,6 +289,26 @@ def test_a_benchmark(copied: Copied) -> None:
         run(file)
 
 
+def test_distance_to_the_rl_model(copied: Copied) -> None:
+    """KL over the recipe's held-out set: of what RL itself is made from here, which is near, and drawn in the page."""
+    root = copied()
+    file = change(root, "benchmarks", far={"after": ["mid"], "kl_to": "r0-rl", "samples": 2})
+    todo = [name for name, word in words(file).items() if word != "done"]
+    assert todo == ["r0-mid-far", "r1-remit-mid-far"]
+    assert "r0-mid-far" not in {node.name for node in wheels.planned(file)[2].needed_for("r0-mid")}
+    run(file, "r0-rl")
+    manifest = read_manifest(wheels.nodes(file)["r0-mid-far"].folder)
+    assert manifest is not None
+    mean, *quantiles = manifest.last.values()
+    assert 0 < mean < 0.1
+    assert quantiles == sorted(quantiles)
+    assert 0 <= quantiles[0] < quantiles[-1]
+    page = wheels.page(file)
+    assert "KL to r0-rl, over tokens" in page
+    assert f"r0-mid (mean {mean:.3g})" in page
+    assert "Accuracy after each stage" not in page, "it is no accuracy"
+
+
 def test_report(finished: Path, tmp_path: Path) -> None:
     """A page with a figure for every kind of stage that has numbers."""
     page = tmp_path / "page.html"

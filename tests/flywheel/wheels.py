@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from remit_megatron import toml
+from remit_megatron.flywheel import report
 from remit_megatron.flywheel.config import Wheel, load_wheel
 from remit_megatron.flywheel.content import Contents
 from remit_megatron.flywheel.graph import Node, Plan, make_plan
@@ -104,6 +105,12 @@ def states(file: Path) -> dict[str, State]:
 
 def nodes(file: Path) -> dict[str, Node]:
     return planned(file)[2].by_name()
+
+
+def page(file: Path) -> str:
+    """The report."""
+    _, contents, plan = planned(file)
+    return report.page(plan, contents)
 
 
 def identities(file: Path) -> dict[str, str]:
