@@ -1,24 +1,20 @@
-"""Recipes, `--set`, profiles, wheels and stage files: TOML that a user writes."""
+"""Recipes, `--set` and profiles: TOML that a user writes."""
 
 import json
 import math
-import random
 import re
 import tomllib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import launch.submit
 import remit_megatron.check
-import remit_megatron.plan
+import remit_megatron.plan  # noqa: F401 - here, and so by no fork
 from data_prep.writer import write_dataset
 from launch.backends import open_backend
 from remit_megatron import toml
 from remit_megatron.cli import main
-from remit_megatron.posttrain.stage_file import load_stage
 from tests.fuzz.framework import Target, register
 
 RECIPE: dict[str, Any] = {
@@ -156,21 +152,7 @@ def profile(folder: Path, valid: Path) -> str | None:
     return "accepted, with a second line in a value" if any("\n" in line or "\r" in line for line in lines) else None
 
 
-WHEEL: dict[str, Any] = {
-    "wheel": "wheel",
-    "base": "base",
-    "mid": {"recipe": "recipe.toml", "set": {"optimizer.peak_lr": 1e-3}},
-}
-STAGE: dict[str, Any] = {
-    "model": "base",
-    "output": "sft",
-    "data": {"train": "sft.jsonl"},
-    "train": {"peak_lr": 1e-3, "batch_samples": 4},
-}
-
-
 register(Target("recipe", prepare, ("recipe.toml",), ("check", "recipe.toml"), recipe, ("train.*",), share=2))
 register(Target("recipe.plan", prepare, ("recipe.toml",), ("plan", "recipe.toml", "--gpus", "8"), recipe, ("train.*",)))
 register(Target("recipe.set", prepare_set, ("set/*",), check_with_set, with_set, ("train.*", "recipe.toml"), share=2))
 register(Target("profile", prepare_profile, ("profile.toml",), read_profile, profile, share=2))
-_ = (launch.submit, remit_megatron.check, remit_megatron.plan, random, partial, load_stage)

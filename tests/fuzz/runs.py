@@ -1,22 +1,17 @@
-"""Run folders and what else commands leave for one another: status, events, metrics, checkpoints, results, wheels."""
+"""What runs leave for other commands: status, events, metrics, checkpoints, results of benchmarks."""
 
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import remit_megatron.analysis.runs
-import remit_megatron.benchmark.table
-import remit_megatron.flywheel.graph
-import remit_megatron.flywheel.run
-import remit_megatron.flywheel.table
-from launch import status as _status
-from remit_megatron import toml
+import remit_megatron.benchmark.table  # noqa: F401 - here, and so by no fork
 from remit_megatron.benchmark.suite import SUITES
 from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.data import checksums
 from remit_megatron.errors import UserError
+from remit_megatron.presets import student_shape
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta, read_meta, write_meta
 from remit_megatron.run.folder import RunFolder
 from remit_megatron.train.metrics import MetricsFile
@@ -54,17 +49,10 @@ def save(folder: Path, recipe: str) -> None:
     for number in range(2):
         (partial / f"__{number}_0.distcp").write_bytes(bytes(range(100)))
     checksums.write(partial, checksums.of_files(sorted(partial.glob("*.distcp"))))
-    shape = parse_recipe(RECIPE).model
-    sizes = {key: value for key, value in shape.model_dump().items() if value is not None}
-    meta = Meta(shape=_shape(sizes), step=STEPS, tokens=768, recipe=recipe, data={"train": "f"}, tokenizer="t")
+    shape = student_shape(parse_recipe(RECIPE), None).model_dump()
+    meta = Meta(shape=shape, step=STEPS, tokens=768, recipe=recipe, data={"train": "f"}, tokenizer="t")
     write_meta(partial, meta)
     checkpoints.commit(meta)
-
-
-def _shape(sizes: dict[str, Any]) -> dict[str, Any]:
-    from remit_megatron.presets import student_shape
-
-    return student_shape(parse_recipe(RECIPE), None).model_dump()
 
 
 def analyzed(folder: Path, valid: Path) -> str | None:
@@ -111,7 +99,9 @@ def resumed(folder: Path, valid: Path) -> str | None:
     if [float(step) for step in steps] != sorted(set(map(float, steps))):
         return f"goes on with the steps {steps}"
     whole = len(steps) == STEPS
-    return None if whole == (found["missing"] is None) else f"{len(steps)} lines, said to be missing: {found['missing']}"
+    return (
+        None if whole == (found["missing"] is None) else f"{len(steps)} lines, said to be missing: {found['missing']}"
+    )
 
 
 def prepare_results(folder: Path) -> None:
@@ -137,5 +127,6 @@ ANALYZE = ("analyze", "runs", "base", "run", "--metric", "eval/held/nll", "--out
 register(Target("run.status", prepare, RUN, ("status", "run"), kept=("base/*",)))
 register(Target("run.metrics", prepare, ("run/metrics.jsonl",), ANALYZE, analyzed, ("base/*",), share=0.5))
 register(Target("run.resume", prepare, CHECKPOINTS, resume, resumed, own=True, also=(1,), share=2))
-register(Target("results", prepare_results, ("results/results.json",), ("benchmark", "--table", "results"), table, share=2))
-_ = (_status, toml)
+register(
+    Target("results", prepare_results, ("results/results.json",), ("benchmark", "--table", "results"), table, share=2)
+)
