@@ -131,9 +131,8 @@ def weights(folder: Path, valid: Path) -> str | None:
     """What was read is what safetensors reads, is finite, and has the sizes that config.json says."""
     found = np.load(folder / "found.npz")
     wanted: dict[str, Any] = {}
-    for file in sorted(
-        set(json.loads((folder / "hf/model.safetensors.index.json").read_bytes())["weight_map"].values())
-    ):
+    places = json.loads((folder / "hf/model.safetensors.index.json").read_bytes())["weight_map"]
+    for file in sorted(set(places.values())):
         try:
             wanted |= safetensors.numpy.load_file(folder / "hf" / file)
         except Exception as error:  # noqa: BLE001

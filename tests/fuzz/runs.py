@@ -87,7 +87,7 @@ def resume() -> None:
 
 
 def resumed(folder: Path, valid: Path) -> str | None:
-    """The checkpoint is the one that was written; the lines kept are steps that rise, or some are said to be missing."""
+    """The checkpoint is the one that was written; the steps kept rise, and those that lack are said to be missing."""
     found = json.loads((folder / "found.json").read_bytes())
     before = read_meta(next((valid / "run" / "checkpoints").glob("step-*")))
     if found["meta"] != json.loads(json.dumps(asdict(before))):
@@ -98,10 +98,8 @@ def resumed(folder: Path, valid: Path) -> str | None:
     steps = [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_bytes().splitlines()]
     if [float(step) for step in steps] != sorted(set(map(float, steps))):
         return f"goes on with the steps {steps}"
-    whole = len(steps) == STEPS
-    return (
-        None if whole == (found["missing"] is None) else f"{len(steps)} lines, said to be missing: {found['missing']}"
-    )
+    missing = found["missing"]
+    return None if (len(steps) == STEPS) == (missing is None) else f"{len(steps)} lines, missing are {missing}"
 
 
 def prepare_results(folder: Path) -> None:

@@ -32,6 +32,7 @@ from tests.kills.zygote import KILLED, Process, crash_points, fresh, random_mome
 SHARES = {"merge": 3, "tokenize": 3, "select": 3, "import": 3, "export": 3, "score": 2, "train": 2}
 """Of random kills, so many of a job for one of the others."""
 ALL = {**JOBS, **OTHERS}
+PIPE_BYTES = 1 << 16
 
 
 class Bench:
@@ -207,6 +208,10 @@ def expected(bench: Bench, won: Sequence[str], inputs: dict[str, str]) -> dict[s
 
 def spread(tasks: Sequence[Any], act: Callable[[Any, Path], Any], folder: Path, processes: int) -> list[Any]:
     """`act(task, scratch)` of every task, in the order of the tasks; shared out over forks of this process."""
+    assert len(tasks) <= PIPE_BYTES // 4, "more tasks than a pipe holds"
+    read, write = os.pipe()
+    os.write(write, b"".join(number.to_bytes(4, "little") for number in range(len(tasks))))
+    os.close(write)
     pids = []
     for worker in range(processes):
         pid = os.fork()
@@ -217,7 +222,8 @@ def spread(tasks: Sequence[Any], act: Callable[[Any, Path], Any], folder: Path, 
                 scratch = folder / f"worker-{worker}"
                 scratch.mkdir(exist_ok=True)
                 with (folder / f"outcomes-{worker}").open("w") as stream:
-                    for number in range(worker, len(tasks), processes):
+                    while taken := os.read(read, 4):  # whoever is free takes the next
+                        number = int.from_bytes(taken, "little")
                         for path in scratch.glob("*"):
                             if path.is_file():
                                 path.unlink()
@@ -230,6 +236,7 @@ def spread(tasks: Sequence[Any], act: Callable[[Any, Path], Any], folder: Path, 
             finally:
                 os._exit(code)
         pids.append(pid)
+    os.close(read)
     assert all(os.waitpid(pid, 0)[1] == 0 for pid in pids), "a worker has died"
     lines = [line for worker in range(processes) for line in (folder / f"outcomes-{worker}").read_text().splitlines()]
     return [outcome for _, outcome in sorted(map(json.loads, lines), key=lambda pair: pair[0])]
@@ -304,10 +311,10 @@ def report(bench: Bench, tasks: Sequence[tuple[str, Any, int]], outcomes: Sequen
         point = f" ({bench.undisturbed[name]['points'][number - 1]})" if kind == "point" else ""
         print(f"WRONG {kind} {name} {number}{point}: {found}")
     kinds = Counter(kind for kind, _, _ in tasks)
-    print(
-        f"{kinds['random']} random kills, {kinds['point']} crash points, {kinds['pair']} pairs, {kinds['hang']} hangs in {took_s:.0f} s: "
-        f"{len(wrong)} wrong"
+    done = (
+        f"{kinds['random']} random kills, {kinds['point']} crash points, {kinds['pair']} pairs, {kinds['hang']} hangs"
     )
+    print(f"{done} in {took_s:.0f} s: {len(wrong)} wrong")
     return 1 if wrong else 0
 
 
