@@ -57,12 +57,12 @@ def tokenizer_only(folder: Path, valid: Path) -> str | None:
     """Both must be tokenizers, and give the same ids: by the library itself."""
     ids = []
     for name in ("base", "reference"):
+        content = json.loads((folder / name / "tokenizer.json").read_bytes())
+        content |= {"truncation": None, "padding": None}  # left by a last call; no id depends on them
         try:
-            tokenizer = Tokenizer.from_file(str(folder / name / "tokenizer.json"))
+            tokenizer = Tokenizer.from_str(json.dumps(content))
         except BaseException as error:  # noqa: BLE001 - the library's panics
             return f"accepted a tokenizer that the library refuses: {str(error)[:100]}"
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         ids.append([tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS])
     return None if ids[0] == ids[1] else "accepted as the same tokenizer, but ids differ"
 

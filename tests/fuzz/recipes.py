@@ -29,9 +29,9 @@ RECIPE: dict[str, Any] = {
         "vocab_size": 61,
         "tied_embeddings": True,
     },
-    "data": {"sequence_length": 16, "train": [{"path": "train", "weight": 2.0}], "eval": {"held": "train"}},
+    "data": {"sequence_length": 16, "train": [{"path": "train", "weight": 2.0}], "eval": {"held": "held"}},
     "batch": {"global_batch_tokens": 128, "microbatch_samples": 2},
-    "optimizer": {"peak_lr": 3e-3, "min_lr": 1e-4, "adam_beta2": 0.95, "clip_grad": 1.0},
+    "optimizer": {"peak_lr": 3e-3, "min_lr": 1e-4, "beta2": 0.95},
     "schedule": {"train_tokens": 1280, "warmup_tokens": 128},
     "compute": {"device": "cpu", "threads": 1},
     "objective": {"name": "ntp"},
@@ -43,8 +43,9 @@ RECIPE: dict[str, Any] = {
 
 def prepare(folder: Path) -> None:
     generator = np.random.default_rng(0)
-    ids = [generator.integers(1, 61, 50).tolist() for _ in range(20)]
-    write_dataset(folder / "train", ids, vocab_size=61, eod_id=0)
+    for name in ("train", "held"):
+        ids = [generator.integers(1, 61, 50).tolist() for _ in range(20)]
+        write_dataset(folder / name, ids, vocab_size=61, eod_id=0)
     (folder / "recipe.toml").write_text(toml.dumps(RECIPE))
 
 
@@ -153,6 +154,6 @@ def profile(folder: Path, valid: Path) -> str | None:
 
 
 register(Target("recipe", prepare, ("recipe.toml",), ("check", "recipe.toml"), recipe, ("train.*",), share=2))
-register(Target("recipe.plan", prepare, ("recipe.toml",), ("plan", "recipe.toml", "--gpus", "8"), recipe, ("train.*",)))
+register(Target("recipe.plan", prepare, ("recipe.toml",), ("plan", "recipe.toml", "--gpus", "2"), recipe, ("train.*",)))
 register(Target("recipe.set", prepare_set, ("set/*",), check_with_set, with_set, ("train.*", "recipe.toml"), share=2))
 register(Target("profile", prepare_profile, ("profile.toml",), read_profile, profile, share=2))

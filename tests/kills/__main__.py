@@ -319,4 +319,6 @@ def report(bench: Bench, tasks: Sequence[tuple[str, Any, int]], outcomes: Sequen
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # some libraries complain at length when an interpreter that imported them ends
