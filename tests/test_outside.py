@@ -100,6 +100,12 @@ def test_names_that_no_file_can_have(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert said.count("\n") == 1
 
 
+def test_an_error_is_one_line() -> None:
+    assert str(UserError("a.parquet: no file: type: \x0f\nsecond\ud800 \u00e9\n")) == (
+        "a.parquet: no file: type: \\x0f\\nsecond\\ud800 \u00e9"
+    )
+
+
 def test_quote() -> None:
     assert quote("a\nb\x00\ud800\u00e9") == "a\\nb\\x00\\ud800\u00e9"
     assert quote("x" * 300) == "x" * 197 + "..."

@@ -6,6 +6,7 @@ answered as it should be, and shows the first of each target and kind.
 
 import argparse
 import collections
+import gc
 import math
 import multiprocessing
 import secrets
@@ -36,6 +37,7 @@ def main() -> int:
         Path(folder).mkdir(parents=True)
         break_into(TARGETS[name], int(seed), Path(folder))
         return 0
+    gc.freeze()  # or every fork would copy what its collector looks at
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
     names = arguments.only or sorted(TARGETS)
     print(f"seed {seed}: {arguments.inputs:,} inputs for {', '.join(names)}", flush=True)

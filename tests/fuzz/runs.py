@@ -123,7 +123,7 @@ RUN = ("run/*.json", "run/logs/*", "run/recipe.toml", "run/metrics.jsonl")
 CHECKPOINTS = ("run/checkpoints/*/*", "run/checkpoints/latest", "run/metrics.jsonl", "run/recipe.toml")
 ANALYZE = ("analyze", "runs", "base", "run", "--metric", "eval/held/nll", "--output", "out")
 register(Target("run.status", prepare, RUN, ("status", "run"), kept=("base/*",)))
-register(Target("run.metrics", prepare, ("run/metrics.jsonl",), ANALYZE, analyzed, ("base/*",), share=0.5))
+register(Target("run.metrics", prepare, ("run/metrics.jsonl",), ANALYZE, analyzed, ("base/*",), share=0.15))
 register(Target("run.resume", prepare, CHECKPOINTS, resume, resumed, own=True, also=(1,), share=2))
 register(
     Target("results", prepare_results, ("results/results.json",), ("benchmark", "--table", "results"), table, share=2)

@@ -283,7 +283,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kills-") as scratch:
         bench = Bench(Path(scratch))
         bench.make()
-        pairs = [pair for pair in PAIRS if arguments.pairs and set(pair) & set(arguments.only)]
+        chosen = {*arguments.only, *OTHERS}
+        pairs = [pair for pair in PAIRS if arguments.pairs and set(pair) <= chosen]
         names = list(dict.fromkeys([*arguments.only, *(name for pair in pairs for name in pair)]))
         measured = spread(names, bench.measure, Path(scratch), arguments.processes)
         assert all(isinstance(one, dict) for one in measured), measured

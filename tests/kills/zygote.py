@@ -34,7 +34,7 @@ from remit_megatron.processes import die_with_parent
 
 CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir")
 """What changes a folder; a crash between two of them is a state that a restart may find."""
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 KILLED = -signal.SIGKILL
 
 
