@@ -5,6 +5,7 @@ a recipe, or a look at a run, should not wait for them.
 """
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -32,6 +33,13 @@ def _main(argv: Sequence[str] | None) -> int:
         if _speaks(error):
             print(f"remit: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        from remit_megatron.outside import quote
+
+        print(f"remit: {quote(str(error.filename))}: {error.strerror}: choose a shorter one", file=sys.stderr)
+        return UserError.exit_code
 
 
 def build_parser() -> argparse.ArgumentParser:

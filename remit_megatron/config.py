@@ -21,6 +21,7 @@ from remit_megatron import toml
 from remit_megatron.errors import UserError
 from remit_megatron.objectives.needs import OF_THE_DISTRIBUTION, ObjectiveSettings
 from remit_megatron.objectives.settings import NTPSettings, check_by_sample, parse_objective
+from remit_megatron.outside import NAME_BYTES, impossible_name, quote
 from remit_megatron.sections import (
     Batch,
     Checkpoint,
@@ -233,6 +234,12 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
 
 def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate settings as read from TOML. Raises UserError naming the first wrong key."""
+    if (found := impossible_name(settings)) is not None:
+        key, text = found
+        raise UserError(
+            f"{where}: {quote(key, 100)} = {quote(text, 100)}: has a NUL, or a name of more than {NAME_BYTES} bytes, "
+            "which no file can have: choose another"
+        )
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:

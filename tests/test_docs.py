@@ -142,6 +142,18 @@ def test_files_that_pages_name_are_there(page: str) -> None:
     assert not absent, f"{page} names {absent}"
 
 
+def test_tests_that_the_reliability_page_names_are_there() -> None:
+    """Each promise has one at least."""
+    page = (ROOT / "docs/reliability.md").read_text()
+    rows = page.partition("| promise | test |\n|---|---|\n")[2].partition("\n\n")[0].splitlines()
+    assert len(rows) > 10
+    for row in rows:
+        names = re.findall(r"`(tests/[a-z_/]+\.py)::(test_\w+)`", row)
+        assert names, row
+        for file, name in names:
+            assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
 def test_architecture_has_every_layer() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     table = text[text.index("## Layers") : text.index("Beside the package")]

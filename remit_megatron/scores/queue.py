@@ -19,15 +19,16 @@ import os
 import struct
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from remit_megatron.data.files import clear_dead, is_held, temporary_name, writing
 from remit_megatron.errors import UserError
+from remit_megatron.outside import read_bytes
 from remit_megatron.scores.manifest import CacheManifest, first_difference
 
 KEY = "reference.queue"
@@ -81,7 +82,7 @@ class RunState(NamedTuple):
     name: str
     """Of this start of the run, drawn then."""
     manifest: QueueManifest
-    position: int
+    position: Annotated[int, Field(ge=1)]
     """The step whose scores the run needs next."""
     done: bool
 
@@ -96,6 +97,10 @@ class ScorerState(NamedTuple):
     ready: tuple[int, ...]
     """Steps whose files may be opened."""
     ended: bool
+
+
+S = TypeVar("S", RunState, ScorerState)
+RUN_STATE, SCORER_STATE = TypeAdapter(RunState), TypeAdapter(ScorerState)
 
 
 class Look(NamedTuple):
@@ -192,12 +197,9 @@ class ScorerSide:
         run = _read_run(folder)
         over = run and (run.done or (run.manifest.difference(manifest) and not is_held(folder / RUN_LOCK)))
         self._over = run.name if run and over else None
-        found = [int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.scores")]
+        found = _steps(folder)
         self._ready = {step for step in found if read_step(folder, step, manifest) is not None}
-        self._remove(step for step in found if step not in self._ready)
-        for path in folder.glob(".step-*.tmp"):  # of a scorer that was killed: the only one holds its lock
-            path.unlink(missing_ok=True)
-        clear_dead(folder)
+        clear_scores(folder, keep=self._ready)
 
     def next(self) -> tuple[int | None, bool]:
         """(step to be scored now, or None where there is none; whether the run is done). Beats.
@@ -246,6 +248,19 @@ class ScorerSide:
                 _path(self.folder, step).unlink()
 
 
+def clear_scores(folder: Path, keep: Collection[int] = ()) -> None:
+    """Remove the steps' files, but those of `keep`, and what killed writers have left. For the only scorer."""
+    unfinished = folder.glob(".step-*.tmp")  # no other is alive that could be writing them
+    for path in (*(_path(folder, step) for step in _steps(folder) if step not in keep), *unfinished):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    clear_dead(folder)
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(path.stem.removeprefix("step-")) for path in folder.glob(f"step-{'[0-9]' * 8}.scores")]
+
+
 def write_step(
     folder: Path, step: int, manifest: QueueManifest, samples: Sequence[SampleNumber], scores: np.ndarray
 ) -> None:
@@ -275,32 +290,18 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _read_run(folder: Path) -> RunState | None:
-    content = _read_json(folder / "run.json")
-    try:
-        return content and RunState(content["name"], _manifest(content), content["position"], content["done"])
-    except (KeyError, ValidationError):
-        return None
+    return _read(folder / "run.json", RUN_STATE)
 
 
 def _read_scorer(folder: Path) -> ScorerState | None:
-    content = _read_json(folder / "scorer.json")
+    return _read(folder / "scorer.json", SCORER_STATE)
+
+
+def _read(path: Path, kind: TypeAdapter[S]) -> S | None:
+    """None where the file is absent or damaged, or the file system has lost it while it was replaced."""
     try:
-        return content and ScorerState(
-            _manifest(content), content["name"], content["beat"], tuple(content["ready"]), content["ended"]
-        )
-    except (KeyError, ValidationError):
-        return None
-
-
-def _manifest(content: dict[str, Any]) -> QueueManifest:
-    return QueueManifest.model_validate_json(json.dumps(content["manifest"]))
-
-
-def _read_json(path: Path) -> Any:
-    """None where the file is absent, or the file system has lost it while it was replaced."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return kind.validate_json(read_bytes(path), strict=True)
+    except (UserError, ValidationError):
         return None
 
 

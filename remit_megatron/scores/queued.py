@@ -15,7 +15,7 @@ from remit_megatron.ops.score_quanta import round_to_quanta
 from remit_megatron.run.prepare import Ready
 from remit_megatron.run.process import from_rank_0
 from remit_megatron.scores.manifest import CacheManifest
-from remit_megatron.scores.queue import KEY, RUN_LOCK, QueueManifest, RunSide
+from remit_megatron.scores.queue import KEY, RUN_LOCK, Look, QueueManifest, RunSide
 from remit_megatron.scores.source import Filled, ScoreSource
 
 POLL_S = 0.02
@@ -60,6 +60,9 @@ class Queued:
         self._say = say
         self._held = contextlib.ExitStack()
         self._is_held = False
+        """Of rank 0."""
+        self._refused: str | None = None
+        """Why the scorer could not be told last which step is needed."""
         self._side = RunSide(self._recipe.queue_folder, queue_manifest(self._recipe, manifest), self._timeout_s)
         self._found: torch.Tensor | None = None
         self._waited = False
@@ -67,13 +70,23 @@ class Queued:
     def want(self, step: int, *, done: bool = False) -> None:
         """Tell the scorer which step is needed next. The first time, the folder becomes this run's.
 
-        Raises UserError where another run uses it.
+        Raises UserError where another run uses it, RunError where it cannot be written and the recipe says to stop.
         """
-        if not self._is_held:
-            from_rank_0(self._claim, self._device)
-            self._is_held = True
         self._is_without = False
-        from_rank_0(lambda: self._side.publish(step, done=done), self._device)
+        from_rank_0(lambda: self._publish(step, done=done), self._device)
+
+    def _publish(self, step: int, *, done: bool = False) -> None:
+        """On rank 0. A disk that refuses it costs a run that can do without a scorer nothing but the scorer."""
+        try:
+            if not self._is_held:
+                self._claim()
+                self._is_held = True
+            self._side.publish(step, done=done)
+            self._refused = None
+        except RunError as error:
+            if self._otherwise is None:
+                raise
+            self._refused = str(error)
 
     def _claim(self) -> None:
         folder = self._recipe.queue_folder
@@ -106,10 +119,12 @@ class Queued:
         self._waited = False
         while True:
             look = self._side.look(step, samples)
+            if self._refused and look.scores is None:  # it would be waited for without end
+                look = Look(reason=self._refused)
             if look.scores is not None or (look.reason and self._otherwise):
                 self._found = None if look.scores is None else torch.from_numpy(look.scores.copy())
                 # Needed from here on is the next one; a scorer need not begin with a step that is scored here.
-                self._side.publish(step + 1)
+                self._publish(step + 1)
                 return look.reason
             if not look.wait and time.perf_counter() - started > self._timeout_s:
                 raise RunError(

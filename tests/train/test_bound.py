@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from data_prep.writer import write_dataset
+from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.data import checksums
-from remit_megatron.errors import DamagedError
+from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta, read_meta, write_meta
+from remit_megatron.run.folder import RunFolder, settings_digest
 from tests.ranks import run_ranks
 from tests.train.runs import EOD, VOCAB, make_data, metrics, settings, train_all
 
@@ -99,7 +101,25 @@ def train_on(rank: int, folder: Path) -> dict[str, tuple[int, str]]:
     recipes["free keys"]["data"]["train"] = [{"path": str(folder / "elsewhere")}]
     recipes["free keys"]["optimizer"]["max_bad_steps"] = 9
     recipes["free keys"]["compute"]["precision"] = "fp32"
-    return dict(zip(recipes, train_all(rank, list(recipes.values())), strict=True))
+    outcomes = dict(zip(recipes, train_all(rank, list(recipes.values())), strict=True))
+    return {**outcomes, "moved": train_moved(rank, settings(folder, "moved"))}
+
+
+def train_moved(rank: int, recipe: dict[str, Any]) -> tuple[int, str]:
+    """After its first checkpoint the run folder gets another name."""
+    from remit_megatron.train.saver import Saver
+
+    save = Saver._save
+
+    def save_and_move(self: Saver, wait: bool) -> None:
+        save(self, wait)
+        os.rename(recipe["run"], recipe["run"] + " away")
+
+    Saver._save = save_and_move  # type: ignore[method-assign]
+    try:
+        return train_all(rank, [recipe])[0]
+    finally:
+        Saver._save = save  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +167,19 @@ def test_settings_that_move_no_number_may_change(folder: Path, outcomes: Any) ->
     assert metrics(folder, "free keys") == metrics(folder, "sound")
 
 
+def test_a_folder_that_was_moved_is_noticed(folder: Path, outcomes: Any) -> None:
+    """At the next save; what was saved before is whole in its new place, and the old one has no second half of it."""
+    code, message = outcomes["moved"]
+    assert code == 1
+    assert "was moved or removed while it was trained: nothing more is written" in message
+    assert not (folder / "moved" / "checkpoints").exists()
+    there = CheckpointFolder(folder / "moved away" / "checkpoints", keep=1).latest()
+    assert there is not None
+    assert there.name == OLDER
+    assert checksums.whole(there)
+    assert not (folder / "moved away" / "DONE").exists()
+
+
 def test_missing_lines_are_said(folder: Path, outcomes: Any) -> None:
     assert outcomes["cut"] == (0, "")
     assert "warning: metrics.jsonl has no line of step 5 to 6" in (folder / "cut" / "log.txt").read_text()
@@ -191,6 +224,23 @@ def save(folder: CheckpointFolder, meta: Meta) -> None:
     (partial / "__0_0.distcp").write_bytes(bytes(100))
     checksums.write(partial, checksums.of_files([partial / "__0_0.distcp"]))
     folder.commit(meta)
+
+
+@pytest.mark.parametrize(("scope", "free"), [("microbatch", False), ("global", True)])
+def test_a_microbatch_that_decides_what_is_trained_stays(tmp_path: Path, scope: str, free: bool) -> None:
+    """Rho-1 chooses tokens among those of a microbatch, or of the whole step."""
+    objective = {"objective": {"name": "rho1", "scope": scope}, "reference": {"path": "r"}}
+    one, other = (parse_recipe(settings(tmp_path, "run", batch={"microbatch_samples": n}, **objective)) for n in (2, 4))
+    assert (settings_digest(one) == settings_digest(other)) == free
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run", one)
+    folder.write_recipe(dump_toml(one))
+    folder.check()
+    if free:
+        RunFolder(tmp_path / "run", other).check()
+    else:
+        with pytest.raises(UserError, match=r"batch.microbatch_samples = 2 there, 4 here"):
+            RunFolder(tmp_path / "run", other).check()
 
 
 def test_meta_is_bound_to_its_manifest(tmp_path: Path) -> None:
