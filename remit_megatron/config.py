@@ -39,6 +39,7 @@ from remit_megatron.sections import (
     Section,
     Source,
     Watchdog,
+    without_later,
 )
 
 if TYPE_CHECKING:
@@ -106,6 +107,17 @@ class Recipe(Section):
         """Optimizer steps; the last one may pass train_tokens by less than a batch."""
         return -(-self.schedule.train_tokens // self.batch.global_batch_tokens)
 
+    @property
+    def kept_checkpoints(self) -> int:
+        """Checkpoints that `checkpoint.keep` does not count, at the end of the run."""
+        every = self.checkpoint.keep_every_tokens
+        return self.train_steps * self.batch.global_batch_tokens // every if every else 0
+
+    def keeps_checkpoint(self, tokens: int) -> bool:
+        """Whether the step that ends at so many tokens has a checkpoint that `checkpoint.keep` does not count."""
+        every = self.checkpoint.keep_every_tokens
+        return every > 0 and tokens // every > (tokens - self.batch.global_batch_tokens) // every
+
     def fingerprint(self) -> str:
         """Of `identity`, twelve hex digits."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
@@ -115,7 +127,7 @@ class Recipe(Section):
 
         Layout, device, logging, limits and checkpoint cadence may change between two starts of a run; the rest may not.
         """
-        settings = self.model_dump(exclude=NOT_IDENTITY)
+        settings = without_later(self, self.model_dump(exclude=NOT_IDENTITY))
         settings["objective"] = self.objective.identity()
         settings["data"].pop("eval")
         for key in ("cache_dir", "loader", "prefetch_steps"):
@@ -167,6 +179,11 @@ class Recipe(Section):
             raise UserError(
                 f"logging.tokens_source = '{self.logging.tokens_source}' is not in data.eval "
                 f"({', '.join(self.data.eval) or 'which is empty'})"
+            )
+        if 0 < self.checkpoint.keep_every_tokens < self.batch.global_batch_tokens:
+            raise UserError(
+                f"checkpoint.keep_every_tokens = {self.checkpoint.keep_every_tokens} is less than a step's "
+                f"batch.global_batch_tokens = {self.batch.global_batch_tokens}: every step would be kept"
             )
         if self.optimizer.min_lr > self.optimizer.peak_lr:
             raise UserError("optimizer.min_lr must not exceed optimizer.peak_lr")

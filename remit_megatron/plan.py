@@ -18,7 +18,7 @@ from remit_megatron.hf.mapping import read_shape
 from remit_megatron.hf.tokenizer import has_tokenizer
 from remit_megatron.presets import student_shape
 from remit_megatron.run.build_plan import check_pair
-from remit_megatron.run.checkpoint import Meta, read_meta, resolve_checkpoint
+from remit_megatron.run.checkpoint import BYTES_PER_PARAMETER, Meta, read_meta, resolve_checkpoint
 from remit_megatron.shape import ModelShape
 
 GB = 1e9
@@ -176,6 +176,7 @@ def plan(recipe: Recipe, num_gpus: int, gpu: str = "H100", mfu: float = 0.4) -> 
         f"{recipe.batch.microbatch_samples} x {recipe.data.sequence_length} tokens"
     )
     lines += _memory_table(recipe, shape, reference, num_gpus)
+    lines += ["", _disk(recipe, shape)]
     lines += _time(recipe, shape, reference, num_gpus, gpu, mfu)
     return "\n".join(lines)
 
@@ -199,6 +200,16 @@ def _memory_table(recipe: Recipe, shape: ModelShape, reference: ModelShape | Non
         cells = [getattr(memory, name) / GB for name in names] + [memory.total / GB]
         lines.append(f"stage {stage:<4} {' '.join(f'{cell:11.2f}' for cell in cells)}")
     return lines
+
+
+def _disk(recipe: Recipe, shape: ModelShape) -> str:
+    """Of the checkpoints that are there at the end; one more is while the newest is written."""
+    one = shape.num_parameters() * BYTES_PER_PARAMETER / GB
+    newest, kept = recipe.checkpoint.keep, recipe.kept_checkpoints
+    text = f"disk       {one:.2f} GB a checkpoint; the newest {newest} stay"
+    if kept:
+        text += f", and {kept} more (checkpoint.keep_every_tokens)"
+    return f"{text}: {(newest + kept) * one:,.1f} GB"
 
 
 def _time(

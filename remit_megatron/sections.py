@@ -1,6 +1,6 @@
 """Sections of a recipe: keys, types, defaults and ranges. What several sections have to agree on is in `config`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,6 +14,27 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    LATER: ClassVar[frozenset[str]] = frozenset()
+    """Fields that runs and stages existed without: at their defaults they are no part of an identity."""
+
+
+def without_later(section: Section, content: dict[str, Any]) -> dict[str, Any]:
+    """The section as `model_dump` gives it, in whole or in part, but for fields of LATER that have their defaults."""
+    found = {}
+    for name, dumped in content.items():
+        value, field = getattr(section, name), type(section).model_fields[name]
+        if name not in section.LATER or value != field.get_default(call_default_factory=True):
+            found[name] = _inner(value, dumped)
+    return found
+
+
+def _inner(value: Any, dumped: Any) -> Any:
+    if isinstance(value, Section):
+        return without_later(value, dumped)
+    if isinstance(value, tuple):
+        return [_inner(*pair) for pair in zip(value, dumped, strict=True)]
+    return dumped
 
 
 class Model(Section):
@@ -213,6 +234,9 @@ class Checkpoint(Section):
     """0: at the end, and when asked to stop, only."""
     keep: Positive = 2
     """Newest checkpoints that stay; older ones are removed once a newer one is complete."""
+    keep_every_tokens: NonNegative = 0
+    """One is also saved at the first step that reaches each multiple of so many tokens, and stays: for `remit benchmark
+    --kept`. `keep` does not count these. 0: none."""
     asynchronous: bool = False
     """Write in a background process while training goes on."""
 

@@ -2,7 +2,8 @@
 
 engine = { name = "command", command = ["python", "examples/engines/verl_rl.py", "{stage}"] }
 
-Run it with an interpreter that has verl, with this package's folder on PYTHONPATH: rewards are its verifiers.
+Run it with an interpreter that has verl, with this package's folder on PYTHONPATH: rewards are its verifiers. They see
+a completion's text and not whether it ended, so the stage has to say `rl.must_stop = false`.
 """
 
 import json
@@ -12,10 +13,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 GPUS = int(os.environ.get("GPUS_PER_NODE", "8"))
 NODES = int(os.environ.get("NODES", "1"))
+
+
+def refuse(mistake: str) -> NoReturn:
+    """The user's: exit code 2, and the last line of the log says it."""
+    print(mistake, file=sys.stderr)
+    sys.exit(2)
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **more: Any) -> float:
@@ -37,7 +44,7 @@ def write_parquet(spec: dict[str, Any], path: Path) -> None:
         for where, row in data.read_rows(file["path"]):
             found = data.problem(where, row, spec["rl"]["verifier"])
             if isinstance(found.prompt, str):
-                sys.exit(f"{where}: verl takes messages as a prompt, and this one is text")
+                refuse(f"{where}: verl takes messages as a prompt, and this one is text")
             rows.append(
                 {
                     "data_source": found.verifier,
@@ -59,7 +66,9 @@ def overrides(spec: dict[str, Any], stage: Path) -> dict[str, Any]:
     """verl's settings for a stage."""
     rl, work = spec["rl"], stage / "work"
     if rl["schedule"] == "linear":
-        sys.exit("verl has the schedules constant and cosine: set rl.schedule to one of them")
+        refuse("verl has the schedules constant and cosine: set rl.schedule to one of them")
+    if rl["must_stop"]:
+        refuse("verl's rewards do not see whether a completion ended: set rl.must_stop = false")
     prompts = rl["batch_samples"] // rl["completions"]
     return {
         "algorithm.adv_estimator": "grpo",
@@ -74,12 +83,13 @@ def overrides(spec: dict[str, Any], stage: Path) -> dict[str, Any]:
         "data.truncation": "error",
         "data.seed": spec["seed"],
         "actor_rollout_ref.model.path": work / "in",
+        "actor_rollout_ref.model.enable_gradient_checkpointing": rl["recompute"],
         "actor_rollout_ref.actor.optim.lr": rl["peak_lr"],
         "actor_rollout_ref.actor.optim.lr_scheduler_type": rl["schedule"],
         "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": rl["warmup_share"],
         "actor_rollout_ref.actor.optim.min_lr_ratio": rl["min_lr_share"],
         "actor_rollout_ref.actor.optim.weight_decay": rl["weight_decay"],
-        "actor_rollout_ref.actor.grad_clip": rl["clip_norm"],
+        "actor_rollout_ref.actor.optim.clip_grad": rl["clip_norm"],  # actor.grad_clip reaches no engine
         "actor_rollout_ref.actor.ppo_mini_batch_size": prompts,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": rl["microbatch_samples"],
         "actor_rollout_ref.actor.use_kl_loss": rl["kl"] > 0,
@@ -93,6 +103,8 @@ def overrides(spec: dict[str, Any], stage: Path) -> dict[str, Any]:
         "actor_rollout_ref.actor.checkpoint.save_contents": "[model,optimizer,extra,hf_model]",
         "actor_rollout_ref.rollout.name": "vllm",
         "actor_rollout_ref.rollout.n": rl["completions"],
+        "actor_rollout_ref.rollout.seed": spec["seed"],
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,  # verl's default is 2
         "actor_rollout_ref.rollout.temperature": rl["temperature"],
         "actor_rollout_ref.rollout.gpu_memory_utilization": rl["vllm_memory_share"],
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": rl["microbatch_samples"],
@@ -112,9 +124,13 @@ def overrides(spec: dict[str, Any], stage: Path) -> dict[str, Any]:
     }
 
 
-def copy_metrics(log: Path, stage: Path, steps: int) -> None:
-    """verl's own lines, {"step", "data"}, as the stage's; a step that was done twice counts as it was done last."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+def copy_metrics(logs: list[Path], stage: Path, steps: int) -> None:
+    """verl's own lines, {"step", "data"}, as the stage's; a step that was done twice counts as it was done last.
+
+    logs: of each start, in order; a kill may have torn a last line.
+    """
+    texts = [log.read_text() for log in logs]
+    lines = [json.loads(line) for text in texts for line in text[: text.rfind("\n") + 1].splitlines()]
     by_step = {line["step"]: {k: v for k, v in line["data"].items() if isinstance(v, int | float)} for line in lines}
     text = [json.dumps({**by_step[step], "step": step, "steps": steps}) for step in sorted(by_step)]
     (stage / "metrics.jsonl").write_text("".join(f"{line}\n" for line in text))
@@ -126,12 +142,13 @@ def main(stage: Path) -> int:
     write_parquet(spec, work / "train.parquet")
     line = [sys.executable, "-m", "verl.trainer.main_ppo"]
     line += [f"{key}={value}" for key, value in overrides(spec, stage).items()]
-    log = work / "verl.jsonl"
+    before = sorted(work.glob("verl-*.jsonl"))
+    log = work / f"verl-{len(before):03d}.jsonl"  # a start of verl empties the file that it is given
     code = subprocess.run(line, env={**os.environ, "VERL_FILE_LOGGER_PATH": str(log)}).returncode
     if code:
         return code
     steps = spec["rl"]["steps"]
-    copy_metrics(log, stage, steps)
+    copy_metrics([*before, log], stage, steps)
     for target, step in {**{f"keep/{name}": s for name, s in keep_steps(spec).items()}, "out": steps}.items():
         shutil.rmtree(work / target, ignore_errors=True)
         shutil.copytree(work / f"verl/global_step_{step}/actor/huggingface", work / target)

@@ -9,20 +9,20 @@ from remit_megatron.hf.config import read_json
 from remit_megatron.hf.folder import is_hf_folder
 from remit_megatron.hf.mapping import read_shape
 from remit_megatron.presets import preset_shape
-from remit_megatron.run.checkpoint import CheckpointFolder, read_meta, resolve_checkpoint
+from remit_megatron.run.checkpoint import BYTES_PER_PARAMETER, CheckpointFolder, read_meta, resolve_checkpoint
 from remit_megatron.shape import resolve_shape
 
 CHECKPOINTS_FREE = 2.2
 """Room for so many: one is written before the oldest goes, and metrics and logs want some."""
-BYTES_PER_PARAMETER = 14
-"""bf16 weights, and float32 weights and two moments of AdamW."""
 FILES_PER_RANK = 8
 
 
 def room_problem(recipe: Recipe, run: Path, ranks: int) -> str | None:
     """What the run folder lacks for a run of so many ranks, in one line."""
     try:
-        check_room(run, checkpoint_bytes(recipe, run), FILES_PER_RANK * ranks)
+        to_keep = recipe.kept_checkpoints - len(CheckpointFolder(run / "checkpoints", keep=1).kept())
+        count = CHECKPOINTS_FREE + max(0, to_keep)
+        check_room(run, checkpoint_bytes(recipe, run), FILES_PER_RANK * ranks, count)
     except RemitError as error:
         return str(error)
     return None
@@ -47,14 +47,14 @@ def checkpoint_bytes(recipe: Recipe, run: Path) -> int:
     return resolve_shape(recipe.model, carried).num_parameters() * BYTES_PER_PARAMETER
 
 
-def check_room(run: Path, needed_bytes: int, needed_files: int) -> None:
-    """Raise RunError where the run folder's filesystem lacks space or inodes for the next checkpoints."""
+def check_room(run: Path, needed_bytes: int, needed_files: int, count: float = CHECKPOINTS_FREE) -> None:
+    """Raise RunError where the run folder's filesystem lacks space or inodes for so many more checkpoints."""
     status = os.statvfs(run)
     free, files = status.f_bavail * status.f_frsize, status.f_favail
-    wanted, wanted_files = CHECKPOINTS_FREE * needed_bytes, CHECKPOINTS_FREE * needed_files
+    wanted, wanted_files = count * needed_bytes, count * needed_files
     if free < wanted:
         raise RunError(
-            f"{run}: {free / 1e9:,.1f} GB are free, and {CHECKPOINTS_FREE} checkpoints of {needed_bytes / 1e9:,.1f} GB "
+            f"{run}: {free / 1e9:,.1f} GB are free, and {count} checkpoints of {needed_bytes / 1e9:,.1f} GB "
             f"need {wanted / 1e9:,.1f}: free space there"
         )
     # Some filesystems make inodes as they need them, and count none.

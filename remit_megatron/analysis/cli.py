@@ -28,9 +28,16 @@ def add_parser(commands: Any) -> None:
     two = actions.add_parser("runs", help="tokens and device hours to a baseline's quality, speed, gradient norms")
     two.add_argument("baseline", metavar="RUN", help="run folder")
     two.add_argument("runs", nargs="+", metavar="RUN", help="run folders that are compared with it")
-    two.add_argument("--metric", required=True, help="key of metrics.jsonl, such as eval/NAME/nll")
+    two.add_argument("--metric", required=True, help="key of metrics.jsonl, such as eval/NAME/nll; or of --results")
     two.add_argument("--target", type=float, help="value to reach; default: the baseline's last")
     two.add_argument("--better", choices=["lower", "higher"], help="default: as the metric's name tells")
+    two.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="of `remit benchmark --kept`: metrics such as benchmark/base/average and benchmark/base/GSM8K",
+    )
     two.add_argument("--output", required=True, metavar="FOLDER")
     two.set_defaults(func=_runs)
 
@@ -70,7 +77,8 @@ def _runs(arguments: argparse.Namespace) -> int:
 
     runs = [Path(run) for run in (arguments.baseline, *arguments.runs)]
     output = Path(arguments.output)
-    print(write_runs(runs, arguments.metric, output, target=arguments.target, better=arguments.better))
+    results = [Path(folder) for folder in arguments.results]
+    print(write_runs(runs, arguments.metric, output, target=arguments.target, better=arguments.better, results=results))
     return 0
 
 

@@ -55,9 +55,15 @@ def _label(name: str) -> str:
 
 
 def _figure(panels: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.6 * panels, 3.9), layout="constrained")
+    """Panels side by side, at most four in a row."""
+    columns = min(panels, 4)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.9 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = np.atleast_1d(figure.subplots(1, panels))
+    every = np.atleast_1d(figure.subplots(rows, columns)).flatten()
+    for spare in every[panels:]:
+        spare.remove()
+    axes = every[:panels]
     for axis in axes:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)

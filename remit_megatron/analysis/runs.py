@@ -1,6 +1,6 @@
 """Runs against a baseline, from their metrics.jsonl: tokens and device hours to its quality, speed, gradient norms.
 
-What Figures 1a, 8, 12 and 16 of the paper show.
+What Figures 1, 8, 12, 15 and 16 of the paper show.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from remit_megatron.analysis.plots import plot_curves
+from remit_megatron.analysis.trajectories import PREFIX, add_to_lines, find_points, trajectory_table, write_trajectories
 from remit_megatron.data.files import make_folder, write_atomically
 from remit_megatron.errors import UserError
 from remit_megatron.outside import quote
@@ -134,13 +135,25 @@ def compare_runs(
 
 
 def write_runs(
-    runs: list[Path], metric: str, output: Path, *, target: float | None = None, better: str | None = None
+    runs: list[Path],
+    metric: str,
+    output: Path,
+    *,
+    target: float | None = None,
+    better: str | None = None,
+    results: list[Path] | None = None,
 ) -> str:
     """Write runs.json and runs.png into `output`; returns a table. The first run is the baseline.
 
-    Raises UserError as `compare_runs`, before anything is written.
+    results: folders below which lie results of `remit benchmark`, whose figures become metrics `benchmark/SUITE/NAME`
+    of the steps whose checkpoints they are of; then also trajectories.json and .png, and their table.
+
+    Raises UserError as `compare_runs` and `find_points`, before anything is written.
     """
-    lines = {name: read_metrics(run) for run, name in _names(runs).items()}
+    names = _names(runs)
+    lines = {name: read_metrics(run) for run, name in names.items()}
+    points, others = find_points(results or [], names)
+    add_to_lines(points, lines)
     figures, goal = compare_runs(lines, metric, target, better)
     by_tokens, by_hours, norms = {}, {}, {}
     for name, found in lines.items():
@@ -162,6 +175,9 @@ def write_runs(
     write_atomically(output / "runs.png", picture)
     notes = [f"To reach: {content['better']} than or equal to {goal:g}. Hours are of the runs' own steps; scores made"]
     notes[0] += " ahead or beside a run are not in them."
+    if points:
+        write_trajectories(points, output)
+        notes = [*notes, *others, "", trajectory_table(points)]
     unknown = [one.run for one in figures if one.device_hours is None]
     if unknown:
         notes.append(f"metrics.jsonl does not say on how many ranks it ran: {', '.join(unknown)}")
@@ -200,7 +216,7 @@ def device_hours(lines: list[dict[str, Any]]) -> np.ndarray | None:
 
 def _sign(metric: str, better: str | None) -> float:
     """1 where lower is better, -1 where higher is."""
-    last = metric.rsplit("/", 1)[-1]
+    last = "accuracy" if metric.startswith(PREFIX) else metric.rsplit("/", 1)[-1]
     known = "lower" if last in LOWER_IS_BETTER else "higher" if last in HIGHER_IS_BETTER else None
     if better is None and known is None:
         raise UserError(f"--metric {metric}: say with --better whether lower or higher is better")
@@ -216,7 +232,7 @@ def _series(lines: list[dict[str, Any]], metric: str, run: str) -> list[tuple[in
         if _has(x, metric)
     ]
     if not found:
-        known = sorted({key for line in lines for key in line if key.startswith("eval/")})
+        known = sorted({key for line in lines for key in line if key.startswith(("eval/", PREFIX))})
         raise UserError(f"{run}: no step has '{metric}'; evaluations in its metrics: {', '.join(known) or 'none'}")
     return found
 

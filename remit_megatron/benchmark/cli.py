@@ -28,6 +28,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--like", metavar="HF_FOLDER", help="of a checkpoint: where config and tokenizer are taken from"
     )
+    parser.add_argument(
+        "--kept", action="store_true", help="of a run: each checkpoint that it keeps, into FOLDER/step-N"
+    )
     parser.add_argument("--backend", choices=sorted(BATCH_SIZES), default="hf", help="of lm_eval; default: hf")
     parser.add_argument("--python", default=sys.executable, metavar="PATH", help="another interpreter with lm_eval")
     parser.add_argument("--limit", type=positive, metavar="N", help="only N items a task: not comparable, for trials")
@@ -63,7 +66,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     if lacking:
         raise UserError(f"remit benchmark needs {', '.join(lacking)}; or --table FOLDER")
     from remit_megatron.benchmark.harness import Settings
-    from remit_megatron.benchmark.run import Request, benchmark
+    from remit_megatron.benchmark.run import Request, benchmark, of_kept
 
     output = Path(arguments.output)
     settings = Settings(
@@ -86,8 +89,9 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         allow_code=arguments.allow_code_execution,
         like=arguments.like,
     )
-    failed = benchmark(request)
-    print(table([output]))
+    requests = of_kept(request) if arguments.kept else [request]
+    failed = [name for each in requests for name in benchmark(each)]
+    print(table([each.output for each in requests]))
     if failed:
         raise RunError(f"{len(failed)} tasks failed ({', '.join(failed)}); the same command tries them again")
     return 0

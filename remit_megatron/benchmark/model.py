@@ -6,13 +6,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from remit_megatron.convert.hub import local_folder
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.hf import tokenizer
 from remit_megatron.hf.config import read_json
 from remit_megatron.hf.folder import HFFolder, is_hf_folder
-from remit_megatron.run.checkpoint import identity, read_meta, resolve_checkpoint
+from remit_megatron.run.checkpoint import Meta, identity, read_meta, resolve_checkpoint
 from remit_megatron.run.hf_source import RANK_VARIABLES
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -31,6 +32,8 @@ class Model:
     """The folder with config and tokenizer; of a Hugging Face folder, itself."""
     checkpoint: Path | None
     """What has to be exported first; None: `like` holds the weights."""
+    standing: dict[str, Any] | None = None
+    """Of a checkpoint of a run: `run` (the folder), `step`, `tokens`, and `identity` of its content."""
 
 
 def find_model(name: str, like: str | None, chat: bool) -> Model:
@@ -47,7 +50,7 @@ def find_model(name: str, like: str | None, chat: bool) -> Model:
         _check_text_files(folder, chat)
         return Model(name, _digest(HFFolder(folder).content_key(), folder), folder, None)
     checkpoint = resolve_checkpoint(name, "MODEL")
-    shape = read_meta(checkpoint).model_shape()
+    meta = read_meta(checkpoint)
     if like is None:
         raise UserError(
             f"MODEL {name} is a checkpoint, which has no tokenizer: name the Hugging Face folder whose config and "
@@ -57,9 +60,18 @@ def find_model(name: str, like: str | None, chat: bool) -> Model:
     from remit_megatron.hf.mapping import read_shape
 
     folder = local_folder(like, "--like")
-    check_alike(shape, read_shape(read_json(folder / "config.json"), folder / "config.json"), folder)
+    check_alike(meta.model_shape(), read_shape(read_json(folder / "config.json"), folder / "config.json"), folder)
     _check_text_files(folder, chat)
-    return Model(name, _digest(identity(checkpoint), folder), folder, checkpoint)
+    weights = identity(checkpoint)
+    return Model(name, _digest(weights, folder), folder, checkpoint, _standing(checkpoint, meta, weights))
+
+
+def _standing(checkpoint: Path, meta: Meta, weights: str) -> dict[str, Any] | None:
+    """Where its run stood; None of a checkpoint that lies in no run."""
+    place = checkpoint.absolute().parent  # of a link, where it stands, not where it leads
+    if place.name != "checkpoints":
+        return None
+    return {"run": str(place.parent.resolve()), "step": meta.step, "tokens": meta.tokens, "identity": weights}
 
 
 def weights_folder(model: Model, output: Path) -> Path:
@@ -69,7 +81,7 @@ def weights_folder(model: Model, output: Path) -> Path:
     """
     if model.checkpoint is None:
         return model.like.absolute()
-    folder = output.absolute() / f"model-{model.identity}"
+    folder = export_place(model, output)
     if folder.is_dir():
         return folder
     print(f"remit: exporting {model.checkpoint} to {folder}, once", file=sys.stderr, flush=True)
@@ -85,6 +97,11 @@ def weights_folder(model: Model, output: Path) -> Path:
         line = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("remit: ")
         raise (UserError if done.returncode == UserError.exit_code else RunError)(f"exporting {model.source}: {line}")
     return folder
+
+
+def export_place(model: Model, output: Path) -> Path:
+    """Where a checkpoint's weights are written."""
+    return output.absolute() / f"model-{model.identity}"
 
 
 def without_ranks() -> dict[str, str]:

@@ -45,11 +45,22 @@ class Task(BaseModel):
         return self
 
 
+class Standing(BaseModel):
+    """Where a run stood at a checkpoint."""
+
+    run: str
+    step: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    identity: str
+
+
 class Source(BaseModel):
     """The model that was evaluated."""
 
     source: str
     identity: str
+    checkpoint: Standing | None = None
+    """None of a Hugging Face folder, and of a checkpoint that lies in no run."""
 
 
 class Stored(BaseModel):

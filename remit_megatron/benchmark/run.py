@@ -7,19 +7,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from remit_megatron.benchmark import harness, results
 from remit_megatron.benchmark.checks import check_model
-from remit_megatron.benchmark.model import Model, find_model, weights_folder
+from remit_megatron.benchmark.model import Model, export_place, find_model, weights_folder
 from remit_megatron.benchmark.suite import SUITES, Benchmark, choose
 from remit_megatron.data.files import check_place, locked, make_folder, writing
-from remit_megatron.errors import RunError, StopRequested
+from remit_megatron.errors import RunError, StopRequested, UserError
 from remit_megatron.hf.config import read_json
 from remit_megatron.processes import STOP_SIGNALS
+from remit_megatron.run.checkpoint import CheckpointFolder
 
 NO_CODE = "runs code that the model wrote: --allow-code-execution"
 GATED = "its data are gated: accept their terms on the hub and log in, or give local data with --include-path"
@@ -37,6 +38,8 @@ class Request:
     settings: harness.Settings
     allow_code: bool
     like: str | None
+    drop_export: bool = False
+    """Whether a checkpoint's exported weights go when no task is left to do."""
 
 
 def benchmark(request: Request) -> list[str]:
@@ -52,7 +55,7 @@ def benchmark(request: Request) -> list[str]:
     versions = harness.probe(settings.python, settings.backend, runnable)
     found = find_model(request.model, request.like, suite.chat)
     harness.check_splitting(versions, read_json(found.like / "config.json").get("model_type", ""))
-    model = {"source": request.model, "identity": found.identity}
+    model = {"source": request.model, "identity": found.identity, "checkpoint": found.standing}
     kept = {"suite": suite.name, **_kept(settings), "lm_eval": versions["lm_eval"]}
     results.read_same(output, model, kept)
     make_folder(output, "--output")
@@ -70,7 +73,28 @@ def benchmark(request: Request) -> list[str]:
             _say(f"{len(runnable) - len(todo)} of {len(runnable)} tasks are there already")
         if todo:
             _run_all(request, content, todo, versions, found)
-    return [b.name for b in runnable if _state(content, b) == results.FAILED]
+        failed = [b.name for b in runnable if _state(content, b) == results.FAILED]
+        if request.drop_export and not failed:
+            shutil.rmtree(export_place(found, output), ignore_errors=True)
+    return failed
+
+
+def of_kept(request: Request) -> list[Request]:
+    """A request for each checkpoint that a run keeps, and the last one of a run that is done; a folder each.
+
+    Raises UserError where `request.model` is no run, or it keeps none.
+    """
+    run = Path(request.model)
+    folder = CheckpointFolder(run / "checkpoints", keep=1)
+    last = folder.latest() if (run / "DONE").exists() else None
+    found = sorted({*folder.kept(), *([last] if last else [])})
+    if not found:
+        raise UserError(
+            f"--kept: {run} has no checkpoint that it keeps: set checkpoint.keep_every_tokens, or make an empty file "
+            "KEEP in each of checkpoints/step-N that is to stay"
+        )
+    each = {"drop_export": True}
+    return [replace(request, model=str(path), output=request.output / path.name, **each) for path in found]
 
 
 def _run_all(

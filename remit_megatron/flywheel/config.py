@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -87,7 +87,9 @@ STAGES: dict[str, type[Section]] = {"sft": SFT, "dpo": DPO, "rl": RL}
 
 
 class Benchmark(Section):
-    """An evaluation after some stages: `remit benchmark`, or a command of one's own."""
+    """An evaluation after some stages: `remit benchmark`, a command of one's own, or the KL to another model."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"kl_to", "samples"})
 
     after: tuple[Literal["base", "mid", "sft", "dpo", "rl"], ...] = Field(min_length=1)
     suite: Literal["base", "post", "extended"] | None = None
@@ -99,11 +101,18 @@ class Benchmark(Section):
     `--model FOLDER --output FILE` and writes a JSON object of figures, such as `{"accuracy": 0.31}`, there."""
     data: tuple[str, ...] = ()
     """Files whose content decides the result, the command's own among them: a change of them evaluates again."""
+    kl_to: str | None = None
+    """A stage, such as r0-rl, or `given rl`: KL(its model || the model) over the tokens of the first set in the
+    recipe's data.eval, by `remit analyze tokens`; Figure 6b of the paper."""
+    samples: Positive = 64
+    """Of `kl_to`: so many of the set's samples."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Benchmark":
-        if (self.suite is None) == (not self.command):
-            raise ValueError("give suite or command, and not both")
+        if sum(map(bool, (self.suite, self.command, self.kl_to))) != 1:
+            raise ValueError("give suite or command, or kl_to, and one of them only")
+        if self.kl_to and (self.arguments or self.data):
+            raise ValueError("arguments and data do not go with kl_to")
         return self
 
 

@@ -5,11 +5,13 @@ import math
 import sys
 from typing import Any
 
+from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.data.files import write_atomically, writing
 from remit_megatron.errors import UserError
 from remit_megatron.flywheel.config import Benchmark
 from remit_megatron.flywheel.content import digest
 from remit_megatron.flywheel.graph import BENCHMARK, Node
+from remit_megatron.flywheel.mid import share_conversions
 from remit_megatron.flywheel.process import remit, run
 from remit_megatron.flywheel.state import LOG
 from remit_megatron.posttrain.contract import SPEC, WORK, Manifest, write_manifest
@@ -18,13 +20,13 @@ from remit_megatron.posttrain.stage import Stopwatch
 
 def run_benchmark(node: Node, parents: dict[str, str]) -> None:
     """Evaluate and write the manifest, whose `last` has the figures. Raises what the commands' exit codes mean."""
-    benchmark, work = node.request, node.folder / WORK
+    work = node.folder / WORK
     request = {"format": 1, "name": node.folder.name, "kind": BENCHMARK, "parents": parents, "settings": node.parts}
     write_atomically(node.folder / SPEC, (json.dumps(request, indent=1) + "\n").encode())
     with writing(work):
         work.mkdir(exist_ok=True)
     with Stopwatch(work / "seconds") as clock:
-        figures = _figures(node, benchmark)
+        figures = _divergence(node, *node.request) if "reference" in node.parents else _figures(node, node.request)
         manifest = Manifest(
             name=node.folder.name,
             kind=BENCHMARK,
@@ -56,6 +58,20 @@ def _figures(node: Node, benchmark: Benchmark) -> dict[str, float]:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{node.name}: {path}: an object of figures is expected ({error})") from None
     return figures
+
+
+def _divergence(node: Node, benchmark: Benchmark, settings: dict[str, Any], nproc: int) -> dict[str, float]:
+    """Mean and quantiles over tokens of KL(reference || model), nats."""
+    work = node.folder / WORK
+    share_conversions(node)
+    recipe = parse_recipe({**settings, "run": str(work / "run")}, "mid.recipe")
+    write_atomically(work / "recipe.toml", dump_toml(recipe).encode())
+    line = ["analyze", "tokens", str(work / "recipe.toml"), "--models", f"model={node.parents['model'].path}"]
+    line += ["--reference", str(node.parents["reference"].path), "--output", str(work / "tokens")]
+    line += ["--samples", str(benchmark.samples), "--show", "0", *(["--nproc", str(nproc)] if nproc > 1 else [])]
+    remit(line, node.folder / LOG, node.name)
+    kl = json.loads((work / "tokens" / "summary.json").read_text())["models"]["model"]["kl"]
+    return {"mean": kl["mean"], **kl["quantiles"]}
 
 
 def _of_suite(results: dict[str, Any]) -> dict[str, float]:

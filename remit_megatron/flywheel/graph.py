@@ -16,9 +16,10 @@ from remit_megatron.convert.pair import check_pair
 from remit_megatron.data.manifest import quick_verify
 from remit_megatron.data.tokenizer import tokenizer_hash
 from remit_megatron.errors import UserError
-from remit_megatron.flywheel.config import STAGES, Arm, Stage, Wheel
+from remit_megatron.flywheel.config import STAGES, Arm, Benchmark, Stage, Wheel
 from remit_megatron.flywheel.content import Contents, digest
 from remit_megatron.posttrain.contract import KEEP, MODEL, DataFile, StageSpec, keep_name
+from remit_megatron.sections import without_later
 
 NTP = Arm(objective={"name": "ntp"})
 MID, BENCHMARK = "mid", "benchmark"
@@ -49,7 +50,7 @@ class Node:
     """What the key is made of: kind, settings, data, parents."""
     folder: Path
     parents: dict[str, Source]
-    """model, and of guided mid-training reference."""
+    """model, and of guided mid-training, and of a KL, reference."""
     request: Any
     """A recipe's settings, a StageSpec without identities of parents, or a Benchmark."""
     names: list[str] = field(default_factory=list)
@@ -98,8 +99,8 @@ class Plan:
 
 def _measures(node: Node, folders: set[Path]) -> bool:
     """Whether it is a benchmark of one of the stages, or of a model that was there before."""
-    model = node.parents["model"].node
-    return node.kind == BENCHMARK and (model is None or model.folder in folders)
+    nodes = (source.node for source in node.parents.values())
+    return node.kind == BENCHMARK and all(one is None or one.folder in folders for one in nodes)
 
 
 def make_plan(wheel: Wheel, contents: Contents) -> Plan:
@@ -117,6 +118,7 @@ def make_plan(wheel: Wheel, contents: Contents) -> Plan:
                 start = before.get(MID, plan.base) if wheel.start == "previous" and number > 1 else plan.base
                 wanted = wheel.reference_of(arm)
                 previous[name] = builder.chain(f"r{number}-{name}", arm, start, before[wanted] if wanted else None)
+    builder.divergences(first)
     return plan
 
 
@@ -155,10 +157,45 @@ class _Builder:
 
     def benchmarks(self, name: str, kind: str, model: Source) -> None:
         for label, benchmark in self.wheel.benchmarks.items():
-            if kind in benchmark.after:
+            if kind in benchmark.after and benchmark.kl_to is None:
                 files = {one: self.contents.file(Path(one), f"benchmarks.{label}.data") for one in benchmark.data}
-                settings = benchmark.model_dump(mode="json", exclude={"after", "data"})
+                settings = without_later(benchmark, benchmark.model_dump(mode="json", exclude={"after", "data"}))
                 self._add(f"{name}-{label}", BENCHMARK, benchmark, settings, files, {"model": model})
+
+    def divergences(self, first: dict[str, Source]) -> None:
+        """Benchmarks with `kl_to`, once every model that one can name is known. first: what [given] has, or round 0."""
+        models = {
+            name: Source(name=node.name, path=node.folder / MODEL, key=node.key, node=node)
+            for node in self.plan.nodes
+            if node.kind != BENCHMARK
+            for name in node.names
+        }
+        known = {source.name: source for source in first.values() if source.node is None} | models
+        for label, benchmark in self.wheel.benchmarks.items():
+            if benchmark.kl_to is None:
+                continue
+            if benchmark.kl_to not in known:
+                raise UserError(f"benchmarks.{label}.kl_to = '{benchmark.kl_to}': one of {', '.join(known)} is meant")
+            reference = known[benchmark.kl_to]
+            compared = {"base": self.plan.base} if "base" in benchmark.after else {}
+            compared |= {name: one for name, one in models.items() if one.node and one.node.kind in benchmark.after}
+            for name, model in compared.items():
+                if model.path != reference.path:
+                    parents = {"model": model, "reference": reference}
+                    self._add(f"{name}-{label}", BENCHMARK, *self._divergence(label, benchmark, parents), parents)
+
+    def _divergence(
+        self, label: str, benchmark: Benchmark, parents: dict[str, Source]
+    ) -> tuple[Any, dict[str, Any], dict[str, str]]:
+        """The recipe, as of ReMiT with these two models, on whose held-out set they are compared."""
+        settings, identity, _ = self._mid(Arm(), parents)
+        held_out = list(settings["data"].get("eval", {}).values())[:1]
+        if not held_out:
+            raise UserError(f"benchmarks.{label}.kl_to: name a held-out set in data.eval of {self.wheel.mid.recipe}")
+        kept = {key: value for key, value in identity["data"].items() if key not in ("train", "seed")}
+        request = (benchmark, settings, self.wheel.mid.nproc)
+        data = {path: quick_verify(path).fingerprint for path in held_out}
+        return request, {"kl": kept, "samples": benchmark.samples}, data
 
     def _add(
         self, name: str, kind: str, request: Any, settings: Any, data: dict[str, str], parents: dict[str, Source]

@@ -50,8 +50,15 @@ def prepare_mid(node: Node, plan: Plan, parents: dict[str, str]) -> None:
     work = node.folder / WORK
     with writing(work):
         work.mkdir(exist_ok=True)
-        (plan.wheel.folder / CONVERTED).mkdir(exist_ok=True)
-        if not (work / CONVERTED).is_symlink():  # `remit train` looks for converted models beside its run's folder
+    share_conversions(node)
+
+
+def share_conversions(node: Node) -> None:
+    """`remit` looks for converted models beside a run's folder, which is in work/: all stages have one place."""
+    work, wheel = node.folder / WORK, node.folder.parent.parent
+    with writing(work):
+        (wheel / CONVERTED).mkdir(exist_ok=True)
+        if not (work / CONVERTED).is_symlink():
             (work / CONVERTED).symlink_to(Path(*[".."] * 3, CONVERTED))
 
 

@@ -72,6 +72,7 @@ def page(plan: Plan, contents: Contents) -> str:
         *(["<h2>Accuracy after each stage</h2>", *_accuracy_tables(scores), *_accuracy_figures(scores)] * bool(scores)),
         "<h2>Training</h2>",
         *filter(None, (_panel(panel, plan) for panel in PANELS)),
+        *_divergences(plan),
         "</html>",
     ]
     return "\n".join(parts) + "\n"
@@ -82,7 +83,7 @@ def accuracies(plan: Plan) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for node in plan.nodes:
         manifest = read_manifest(node.folder) if node.kind == BENCHMARK else None
-        if manifest is None:
+        if manifest is None or "reference" in node.parents:
             continue
         for name in node.names:
             prefix, _, label = name.rpartition("-")
@@ -150,6 +151,25 @@ def _panel(panel: Panel, plan: Plan) -> str:
         marker = "o" if len(x) < 20 else None
         axis.plot(x, _smooth(y), color=colour, label=name, linewidth=1.5, marker=marker, markersize=3)
     return _svg(figure, axis)
+
+
+def _divergences(plan: Plan) -> list[str]:
+    """A figure for each model that others' KL is taken to: its quantiles over tokens, a line a model."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for node in plan.nodes:
+        manifest = read_manifest(node.folder) if node.kind == BENCHMARK and "reference" in node.parents else None
+        if manifest is not None:
+            found.setdefault(node.parents["reference"].name, {})[node.parents["model"].name] = manifest.last
+    figures = []
+    for reference, models in found.items():
+        figure, axis = _figure(f"KL to {reference}, over tokens", "share of tokens below", "nats")
+        for colour, (name, figures_of) in zip(COLOURS * len(models), models.items(), strict=False):
+            points = sorted((float(key), value) for key, value in figures_of.items() if key != "mean")
+            label = f"{name} (mean {figures_of['mean']:.3g})"
+            axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.5, marker="o", markersize=3)
+        axis.set_yscale("symlog", linthresh=1e-3)
+        figures.append(_svg(figure, axis))
+    return figures
 
 
 def _series(node: Node, panel: Panel) -> tuple[np.ndarray, np.ndarray]:

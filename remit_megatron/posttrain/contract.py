@@ -25,7 +25,7 @@ from remit_megatron.data import checksums
 from remit_megatron.data.checksums import Checksum
 from remit_megatron.data.files import make_folder, write_atomically
 from remit_megatron.errors import DamagedError, UserError
-from remit_megatron.sections import NonNegative, Positive, Section
+from remit_megatron.sections import NonNegative, Positive, Section, without_later
 
 SPEC, MANIFEST, METRICS = "stage.json", "manifest.json", "metrics.jsonl"
 MODEL, WORK, KEEP = "model", "work", "keep"
@@ -188,7 +188,7 @@ class StageSpec(Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides the result, as JSON values: content counts where it is known, not the place that it lies in."""
-        content = self.model_dump(mode="json")
+        content = without_later(self, self.model_dump(mode="json"))
         content["engine"].pop("python")
         content["data"] = [file["sha256"] for file in content["data"]]
         if "model" in self.parents:

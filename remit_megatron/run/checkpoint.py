@@ -1,6 +1,7 @@
 """Checkpoint folders of a run: written beside, renamed into place, named by a pointer that never names a partial one.
 
 checkpoints/step-00000100/   Megatron's distributed checkpoint, its manifest.json and meta.json
+checkpoints/step-00000100/KEEP   an empty file: this one stays, however many newer ones there are
 checkpoints/latest           the name of the newest complete one
 checkpoints/damaged-00000200 one that --fallback has passed over
 checkpoints/.replaced-00000100 for a moment, one whose step is saved again; a start after a kill brings it back
@@ -24,6 +25,9 @@ from remit_megatron.shape import ModelShape
 FORMAT = 1
 NAMES = "step-" + "[0-9]" * 8
 """Of complete checkpoints; whatever else lies beside them, a copy made by hand for instance, is nobody's business."""
+KEEP = "KEEP"
+BYTES_PER_PARAMETER = 14
+"""Of a checkpoint in bf16: its weights, and float32 weights and two moments of AdamW."""
 IDENTITY_BYTES = 1 << 20
 LATER = ("skipped", "broken", "settings", "held_out", "manifest")
 """Fields of meta.json that are left out where they have no value."""
@@ -147,13 +151,23 @@ class CheckpointFolder:
                 else:
                     os.rename(aside, final)
 
-    def commit(self, meta: Meta) -> Path:
-        """Make a written checkpoint the newest one, and remove those past `keep`. Raises RunError where it cannot."""
-        with writing(self.folder):
-            return self._commit(meta)
+    def kept(self) -> list[Path]:
+        """Complete checkpoints that stay whatever `keep` says, the oldest first."""
+        marked = (path.parent for path in self.folder.glob(f"{NAMES}/{KEEP}"))
+        return sorted(path for path in marked if (path / "meta.json").exists())
 
-    def _commit(self, meta: Meta) -> Path:
+    def commit(self, meta: Meta, *, stays: bool = False) -> Path:
+        """Make a written checkpoint the newest one, and remove those past `keep`. Raises RunError where it cannot.
+
+        stays: this one is never among those that are removed or counted, nor is one that it takes the place of.
+        """
+        with writing(self.folder):
+            return self._commit(meta, stays)
+
+    def _commit(self, meta: Meta, stays: bool) -> Path:
         partial, final = self.partial(meta.step), self.folder / f"step-{meta.step:08d}"
+        if stays or (final / KEEP).exists():
+            write_atomically(partial / KEEP, b"")
         write_meta(partial, meta)
         aside = self.folder / f".replaced-{meta.step:08d}"
         if os.path.lexists(final):  # saved by an earlier process, perhaps killed before it moved the pointer
@@ -163,10 +177,11 @@ class CheckpointFolder:
         self._point_to(final)
         if os.path.lexists(aside):
             _remove(aside)
+        rotating = [path for path in sorted(self.folder.glob(NAMES)) if not (path / KEEP).exists()]
         # Only whole ones count towards `keep`: the last good one never goes because of damaged ones after it.
-        kept = [path for path in sorted(self.folder.glob(NAMES)) if checksums.whole(path)][-self.keep :]
-        for old in self.folder.glob(NAMES):
-            if old.name < min([final, *kept]).name:
+        newest = [path for path in rotating if checksums.whole(path)][-self.keep :]
+        for old in rotating:
+            if old.name < min([final, *newest]).name:
                 _remove(old)
         return final
 

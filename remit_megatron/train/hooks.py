@@ -35,14 +35,17 @@ MAX_SKIPPED_SHARE = 0.1
 Hook = Callable[[Moment], None]
 
 
-def every(steps: int, hook: Hook, *, at_stop: bool = False) -> Hook:
+def every(
+    steps: int, hook: Hook, *, at_stop: bool = False, also: Callable[[Moment], bool] = lambda moment: False
+) -> Hook:
     """`hook` after each so many steps, and after the last one; 0: after the last one only.
 
-    at_stop: also where the run stops on request.
+    at_stop: also where the run stops on request. also: at which moments besides.
     """
 
     def due(moment: Moment) -> None:
-        if moment.is_last or (steps and moment.step % steps == 0) or (at_stop and moment.is_stop):
+        by_step = moment.is_last or (steps and moment.step % steps == 0) or (at_stop and moment.is_stop)
+        if by_step or also(moment):
             hook(moment)
 
     return due

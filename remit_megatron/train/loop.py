@@ -79,6 +79,10 @@ def _start(parts: SetUp, outputs: Outputs, watchdog: Watchdog) -> "Trainer":
     if parts.reference:
         for text in precision_lines(parts, student):
             outputs.say(text)
+
+    def keeps(moment: Moment) -> bool:
+        return recipe.keeps_checkpoint(moment.line["tokens"])
+
     hooks: list[Hook] = [
         every(recipe.evaluation.every_steps, evaluation(student, parts.evaluator, watchdog, process.device)),
         *_recording(parts, student),
@@ -86,7 +90,7 @@ def _start(parts: SetUp, outputs: Outputs, watchdog: Watchdog) -> "Trainer":
         judgement(recipe, progress),
         refusal_of_divergence(recipe, progress, outputs.say),
         saver.poll,
-        every(recipe.checkpoint.every_steps, saver.after, at_stop=True),
+        every(recipe.checkpoint.every_steps, saver.after, at_stop=True, also=keeps),
     ]
     return Trainer(parts, step, hooks, loader, saver, outputs, watchdog)
 

@@ -89,4 +89,4 @@ class Saver:
 
     def _commit(self, meta: Meta) -> None:
         self.folder.check_in_place()
-        self.checkpoints.commit(meta)
+        self.checkpoints.commit(meta, stays=self.folder.recipe.keeps_checkpoint(meta.tokens))

@@ -193,20 +193,33 @@ def test_answers_by_greedy_decoding(
 
 
 def test_checkpoint_gives_the_figures_of_its_folder(root: Path, evaluated: subprocess.CompletedProcess[str]) -> None:
-    """Imported, exported again by the command, and evaluated: the same weights, and to the digit the same figures."""
+    """Imported, exported again by the command, and evaluated: the same weights, and to the digit the same figures.
+
+    Then as what a run has kept, into the same results: nothing is left to do, and the export goes.
+    """
     done = subprocess.run(
         [*REMIT, "convert", "import", str(root / "model"), str(root / "checkpoint")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    command = [str(root / "checkpoint"), "--suite", "base", "--tasks", "ARC-C", "--output", str(root / "of checkpoint")]
-    done = run(root, *command, "--like", str(root / "model"))
+    checkpoints = root / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (root / "checkpoint").rename(checkpoints / "step-00000000")
+    what = ("--suite", "base", "--tasks", "ARC-C", "--like", str(root / "model"), "--output")
+    done = run(root, str(checkpoints / "step-00000000"), *what, str(root / "of run" / "step-00000000"))
     assert done.returncode == 0, done.stderr
-    (exported,) = (root / "of checkpoint").glob("model-*")
+    (exported,) = (root / "of run" / "step-00000000").glob("model-*")
     ours, theirs = (dict(iter(HFFolder(folder))) for folder in (exported, root / "model"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    a, b = (read(folder)["ARC-C"] for folder in (root / "of checkpoint", root / "out"))
+    a, b = (read(folder)["ARC-C"] for folder in (root / "of run" / "step-00000000", root / "out"))
     assert {k: a[k] for k in ("metrics", "items", "few_shot")} == {k: b[k] for k in ("metrics", "items", "few_shot")}
+    (checkpoints / "step-00000000" / "KEEP").touch()
+    done = run(root, str(root / "run"), "--kept", *what, str(root / "of run"))
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 tasks are there already" in done.stderr
+    assert not exported.exists()
+    standing = json.loads((root / "of run" / "step-00000000" / "results.json").read_text())["model"]["checkpoint"]
+    assert (standing["run"], standing["step"], standing["tokens"]) == (str(root / "run"), 0, 0)
 
 
 def test_remarks_of_a_chat_model(root: Path) -> None:
@@ -246,6 +259,11 @@ def test_other_model_or_settings_in_one_folder(
     with locked(root / "out" / ".lock"):
         assert "another process evaluates into" in refusal(capsys, model, *rest, *tasks)
     assert (root / "out" / "results.json").read_bytes() == before
+
+
+def test_a_run_that_keeps_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, str(tmp_path), "--kept", "--suite", "base", "--output", str(tmp_path / "out"))
+    assert f"--kept: {tmp_path} has no checkpoint that it keeps: set checkpoint.keep_every_tokens" in said
 
 
 def test_signal_ends_the_command_and_its_task(root: Path) -> None:

@@ -402,12 +402,14 @@ def test_answers_that_were_cut_are_counted(tmp_path: Path, model: Path) -> None:
 
 
 def test_commands_of_the_page() -> None:
-    """tests/benchmark/test_command.py runs them; here, that each is one that the program has."""
-    (block,) = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    """tests/benchmark/test_command.py and tests/analysis run them; here, that each is one that the program has."""
+    first, second = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    *lines, analysis = [shlex.split(line, comments=True) for line in (first + second).replace("\\\n", " ").splitlines()]
     assert {tuple(words[:2]) for words in lines} == {(".venv/bin/remit", "benchmark")}
     parsed = [build_parser().parse_args(words[1:]) for words in lines]
-    assert [arguments.suite for arguments in parsed] == ["base", "base", "post", "base", "base", None]
+    assert [arguments.suite for arguments in parsed] == ["base", "base", "post", "base", "base", None, "base"]
+    assert [arguments.kept for arguments in parsed] == [False] * 6 + [True]
+    assert build_parser().parse_args(analysis[1:]).results == ["FOLDER", "OTHER_FOLDER"]
 
 
 def test_suites_of_the_page() -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from remit_megatron.cli import build_parser
+from remit_megatron.cli import build_parser, main
 from remit_megatron.flywheel.config import Wheel, with_tuples
 from tests.test_docs import blocks, commands
 
 ROOT = Path(__file__).parents[2]
+REMIT = [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli"]
 FEW = {
     "mid.set": '{"schedule.train_tokens" = 2048, "schedule.warmup_tokens" = 0}',
     "sft.save_every_steps": "1",
@@ -42,23 +43,39 @@ def test_the_pages_wheel() -> None:
     assert list(wheel.stages) == ["sft", "rl"]
 
 
-def test_commands_of_the_page(tmp_path: Path) -> None:
-    """base, NTP, SFT, DPO, RLVR, ReMiT, SFT, DPO, RLVR, ReMiT squared, by TRL; a cluster's lines are parsed only."""
+def test_commands_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """base, NTP, SFT, DPO, RLVR, ReMiT, SFT, DPO, RLVR, ReMiT squared, by TRL.
+
+    Of the lines for a cluster those that submit are parsed, and tests/slurm submits wheels; the others run.
+    """
     pytest.importorskip("trl", reason="post-training's engine is not installed: pip install -e '.[post]'")
     make, *lines = commands("docs/flywheel.md")
     assert make == ["make", "flywheel"]
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for folder in ("examples", "slurm"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    assert len(lines) == 4 + 10, "the small wheel, and ten lines to the first one on a cluster"
     few = [part for key, value in FEW.items() for part in ("--set", f"{key}={value}")]
     said: dict[str, str] = {}
-    for words in lines:
-        if words[0].endswith("python"):
+    for words in dict.fromkeys(map(tuple, lines)):
+        if words[0] == "make":
+            assert words == ("make", "setup")
+        elif words[0] == "cp":
+            run(tmp_path, list(words))
+        elif words[0].endswith("python"):
             run(tmp_path, [sys.executable, *words[1:], "--quick"])
-        elif "--on" in words:
-            build_parser().parse_args(words[1:])
+        elif "--on" in words and "--dry-run" not in words:
+            assert build_parser().parse_args(words[1:]).on == "slurm:cluster.toml"
+        elif words[3].startswith("examples/"):
+            said[words[2]] = run(tmp_path, [*REMIT, *words[1:], *few])
         else:
-            said[words[2]] = run(
-                tmp_path, [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli", *words[1:], *few]
-            )
+            monkeypatch.chdir(tmp_path)
+            assert main([*words[1:], *([] if "--on" in words else few)]) == 0
+            said[f"{words[2]} of the copy"] = capsys.readouterr().out
+    assert said["status of the copy"] == said["status"], "a wheel is known by its content, wherever its file lies"
+    # Without the overrides every stage is another but for the benchmark of the base.
+    assert said["run of the copy"].count("\n#SBATCH --partition=gpu\n") == 24
     page = (tmp_path / "runs/flywheel/wheel/report.html").read_text()
     for title in ("SFT: training loss", "DPO: training loss", "RL: verifiable correct rate", "RL: response length"):
         assert f">{title}</text>" in page

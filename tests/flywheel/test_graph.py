@@ -10,6 +10,8 @@ from remit_megatron.errors import UserError
 from remit_megatron.flywheel.config import load_wheel
 from tests.flywheel import wheels
 
+NO_EVAL = {"recipe": "mid.toml", "set": {"data.eval": {}}}
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -87,9 +89,15 @@ def test_given_models(root: Path) -> None:
         ({"sft": {"data": ["nowhere"], "max_tokens": 4, "peak_lr": 1e-3, "batch_samples": 1}}, "sft.data: nowhere"),
         ({"sft": {"data": ["x"], "max_tokens": 4, "peak_lr": 1e-3, "batch_samples": 0}}, "sft.batch_samples: "),
         ({"benchmarks": {"b": {"after": ["rl"]}}}, "benchmarks.b: give suite or command"),
+        ({"benchmarks": {"b": {"after": ["mid"], "kl_to": "rl"}}}, "benchmarks.b.kl_to = 'rl': one of r0-mid, r0-sft"),
+        (
+            {"benchmarks": {"b": {"after": ["mid"], "kl_to": "r0-rl"}}, "mid": NO_EVAL},
+            "name a held-out set in data.eval",
+        ),
     ],
 )
-def test_mistakes(content: dict[str, Any], said: str, root: Path) -> None:
+def test_mistakes(content: dict[str, Any], said: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
     file = wheels.write_wheel(root, wheels.settings(root) | content)
     with pytest.raises(UserError, match=said):
         wheels.planned(file)

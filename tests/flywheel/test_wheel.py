@@ -197,6 +197,19 @@ def test_a_parent_that_was_replaced(copied: Copied) -> None:
     assert not nodes["r1-remit-sft"].folder.exists()
 
 
+def test_a_kept_model_that_was_replaced(copied: Copied) -> None:
+    """What RL kept on its way guides an arm: a byte of it that changed is refused by name."""
+    root = copied()
+    file = change(root, "arms", early={"reference": "rl@0.5", "rounds": 1})
+    kept = wheels.nodes(file)["r0-rl"].folder / "keep" / "050"
+    with (kept / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x07")
+    with pytest.raises(UserError, match=r"keep/050: is not what stage r0-rl kept: remove .* to make it again"):
+        run(file, "r1-early-mid")
+    assert not wheels.nodes(file)["r1-early-mid"].folder.exists()
+
+
 def test_a_parent_that_was_made_again(copied: Copied) -> None:
     """With the same bytes its children stay done; with others they are stale, and what they were is moved aside."""
     root = copied()
@@ -278,6 +291,26 @@ def test_a_benchmark(copied: Copied) -> None:
     script.write_text("import sys\nsys.exit('remit: no such model')\n")
     with pytest.raises(RunError, match="base-size: no such model"):
         run(file)
+
+
+def test_distance_to_the_rl_model(copied: Copied) -> None:
+    """KL over the recipe's held-out set: of what RL itself is made from here, which is near, and drawn in the page."""
+    root = copied()
+    file = change(root, "benchmarks", far={"after": ["mid"], "kl_to": "r0-rl", "samples": 2})
+    todo = [name for name, word in words(file).items() if word != "done"]
+    assert todo == ["r0-mid-far", "r1-remit-mid-far"]
+    assert "r0-mid-far" not in {node.name for node in wheels.planned(file)[2].needed_for("r0-mid")}
+    run(file, "r0-rl")
+    manifest = read_manifest(wheels.nodes(file)["r0-mid-far"].folder)
+    assert manifest is not None
+    mean, *quantiles = manifest.last.values()
+    assert 0 < mean < 0.1
+    assert quantiles == sorted(quantiles)
+    assert 0 <= quantiles[0] < quantiles[-1]
+    page = wheels.page(file)
+    assert "KL to r0-rl, over tokens" in page
+    assert f"r0-mid (mean {mean:.3g})" in page
+    assert "Accuracy after each stage" not in page, "it is no accuracy"
 
 
 def test_report(finished: Path, tmp_path: Path) -> None:

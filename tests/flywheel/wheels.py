@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from remit_megatron import toml
+from remit_megatron.flywheel import report
 from remit_megatron.flywheel.config import Wheel, load_wheel
 from remit_megatron.flywheel.content import Contents
 from remit_megatron.flywheel.graph import Node, Plan, make_plan
@@ -22,12 +23,14 @@ ROOT = Path(__file__).parents[2]
 STEPS = 4
 
 
-def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A model with a tokenizer of its rows, a chat template and an end of turn."""
+def make_base(folder: Path, seed: int = 0, case: str = "llama", **changes: Any) -> Path:
+    """A model with a tokenizer of its rows, a chat template and an end of turn. case: of tests.hf.tiny."""
     sizes = {"num_hidden_layers": 2, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": None}
-    tiny.save(tiny.make_model("llama", seed, **{**sizes, **changes}), folder)
+    tiny.save(tiny.make_model(case, seed, **{**sizes, **changes}), folder)
     words = {"<eod>": 0, **{f"w{i}": i for i in range(1, runs.VOCAB)}}
-    Tokenizer(models.WordLevel(words, unk_token="<eod>")).save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eod>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eod>"}
     template = "{% for m in messages %}{{ m['content'] }}<eod>{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
@@ -102,6 +105,12 @@ def states(file: Path) -> dict[str, State]:
 
 def nodes(file: Path) -> dict[str, Node]:
     return planned(file)[2].by_name()
+
+
+def page(file: Path) -> str:
+    """The report."""
+    _, contents, plan = planned(file)
+    return report.page(plan, contents)
 
 
 def identities(file: Path) -> dict[str, str]:

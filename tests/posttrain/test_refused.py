@@ -1,10 +1,25 @@
-"""What cannot be met is one line, before anything is trained; what an engine left is checked before it counts."""
+"""What cannot be met is one line, before anything is trained; what an engine left is checked before it counts.
+
+| refused | by |
+|---|---|
+| no chat template; no end of turn | test_chat |
+| a constant reward | test_constant_reward |
+| a verifier without its ground truth | test_rows |
+| another vocabulary, type or tensor's name; a NaN | test_output, test_an_output_that_will_not_do (w) |
+| a replaced parent | test_a_parent_that_was_replaced (w), test_a_kept_model_that_was_replaced (w) |
+| two wheels, or stages, in one folder | test_two_wheels (w), test_folder_of_another_stage |
+| a full disk: exit code 1, and the same command goes on | test_a_full_disk |
+
+w: in tests/flywheel/test_wheel.py. A UserError is exit code 2 (test_command_line).
+"""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +250,47 @@ def test_engine_that_fails(tmp_path: Path, base: Path) -> None:
     with pytest.raises(RunError, match=r"sft: no GPU here \(exit code 1, log in .*log.txt\)"):
         run_stage(folder)
     assert len(read_metrics(folder)) == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a small filesystem is mounted by root only")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk(tmp_path: Path, base: Path, small_disk: Path) -> None:
+    """In what is written before the engine starts, and in the engine: one line each; with room the stage goes on."""
+    script = tmp_path / "copy.py"
+    script.write_text(
+        "import shutil, sys\n"
+        "try:\n"
+        "    shutil.rmtree(sys.argv[1] + '/work/out', ignore_errors=True)\n"
+        "    shutil.copytree(sys.argv[1] + '/work/in', sys.argv[1] + '/work/out')\n"
+        "except shutil.Error as error:\n"
+        "    sys.exit(f'{error.args[0][0][1]}: {error.args[0][0][2]}')\n"
+    )
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.sft_rows(8))
+    engine = Engine(name="command", command=(sys.executable, str(script), "{stage}"))
+    folder = small_disk / "stage"
+    write_spec(folder, tiny.spec("sft", base, rows, engine=engine))
+    with pytest.raises(RunError, match="work/in: cannot be written: No space left on device: free space there"):
+        run_stage(folder)
+    resize(small_disk, "160k")
+    with pytest.raises(RunError, match=r"sft: .*work/out/.*No space left on device.* \(exit code 1, log in "):
+        run_stage(folder)
+    assert not (folder / "model").exists()
+    resize(small_disk, "2m")
+    run_stage(folder)
+    verify(folder)
+
+
+def resize(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
 
 
 def test_folder_of_another_stage(tmp_path: Path, base: Path) -> None:
