@@ -51,18 +51,20 @@ class Sums:
 
     def __init__(self) -> None:
         self.count, self.whole, self.kept, self.square_error = 0, 0.0, 0.0, 0.0
-        self.dot, self.whole_square, self.kept_square = 0.0, 0.0, 0.0
+        self.dot, self.whole_square, self.kept_square, self.error_square = 0.0, 0.0, 0.0, 0.0
 
-    def add(self, whole: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor]) -> None:
-        """(value [n], gradient in the hidden states [n, h]) of each."""
-        (a, of_a), (b, of_b) = whole, (part.double() for part in kept)
+    def add(self, whole: tuple[Tensor, Tensor], kept: Tensor, error: Tensor) -> None:
+        """The whole comparison's value [n] and gradient in the hidden states [n, h]; the kept one's value, and by how
+        much its gradient differs."""
+        (a, of_a), of_b = (part.double() for part in whole), whole[1].double() + error.double()
         self.count += len(a)
         self.whole += a.sum().item()
-        self.kept += b.sum().item()
-        self.square_error += (a - b).square().sum().item()
+        self.kept += kept.double().sum().item()
+        self.square_error += (kept.double() - a).square().sum().item()
         self.dot += (of_a * of_b).sum().item()
         self.whole_square += of_a.square().sum().item()
         self.kept_square += of_b.square().sum().item()
+        self.error_square += error.double().square().sum().item()
 
     def figures(self) -> dict[str, float]:
         return {
@@ -70,10 +72,8 @@ class Sums:
             "loss_error": self.kept / self.whole - 1.0,
             "token_error_rms_nats": (self.square_error / self.count) ** 0.5,
             "gradient_cosine": self.dot / (self.whole_square * self.kept_square) ** 0.5,
-            "gradient_error": (
-                max(0.0, self.whole_square - 2 * self.dot + self.kept_square) / self.whole_square
-            ) ** 0.5,
-        }  # fmt: skip
+            "gradient_error": (self.error_square / self.whole_square) ** 0.5,
+        }
 
 
 def whole_comparison(compare: str, temperature: float, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,10 +145,10 @@ def measure(
                 masses[temperature, top_k] += log_tail_of(log_q, order[:, :top_k]).exp().sum().item()
             for compare in ("forward", "reverse"):
                 kl, gradient = whole_comparison(compare, temperature, student, teacher)
-                whole = kl, gradient @ student_head.double()
+                whole = kl, gradient.float() @ student_head
                 for one in (s for s in sums if (s.temperature, s.compare) == (temperature, compare)):
                     value, slope = kept_comparison(one, student, log_q, order)
-                    sums[one].add(whole, (value, slope.double() @ student_head.double()))
+                    sums[one].add(whole, value, (slope - gradient).float() @ student_head)
     id_bytes = 2 + max(0, (len(student_head) - 1).bit_length() - 16) / 8
     rows = [
         {
@@ -226,8 +226,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True, help="Hugging Face folder, or GGUF file")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sample")
     parser.add_argument("--noise", type=float, default=0.1, help="on the student's matrices, of their own spread")
     parser.add_argument("--top-k", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0])

@@ -217,7 +217,7 @@ def test_mistakes_in_one_s_own_name_the_key(package: Path, settings: dict[str, A
 def test_one_number_a_token_serves_no_distribution(
     package: Path, objective: dict[str, Any], source: dict[str, Any]
 ) -> None:
-    """Refused by the names of both; the reference beside the student serves, and so does what is kept of a distribution."""
+    """Refused by the names of both; the reference beside the student serves, and so does a kept distribution."""
     objective = objective or {"import_path": "mypackage.unsure:Unsure"}
     recipe = parse_recipe(minimal(objective=objective, reference={"path": "r"}))
     wanted = (
