@@ -9,7 +9,7 @@ every matrix, since a second model of the same vocabulary may not be at hand. Bo
 keeping the teacher's distribution is compared with the whole one: the mean KL over the vocabulary, and its gradient in
 the student's last hidden states, which is all that goes on into the model.
 
-    float32, float16   a log-probability as that number
+    float32            a log-probability as that number
     16 bits            in quanta of 2^-11 nat, 0 to 32 nats: what `remit score --distribution` stores
     8 bits             in quanta of 2^-3 nat, 0 to 32 nats
     without tail       16 bits, normalised over the K tokens, in place of one outcome more for all others
@@ -30,7 +30,7 @@ from remit_megatron.ops.distillation_kept import KeptTeacher, nll_and_kept_kl
 from remit_megatron.ops.shard import IGNORED_LABEL
 from remit_megatron.ops.top_tokens import TopTokens
 
-ENCODINGS = {"float32": 4.0, "float16": 2.0, "16 bits": 2.0, "8 bits": 1.0, "without tail": 2.0}
+ENCODINGS = {"float32": 4.0, "16 bits": 2.0, "8 bits": 1.0, "without tail": 2.0}
 """Bytes of a log-probability."""
 REST_BYTES = 10
 """Of a token, beside its K: NLL of the label 2, entropy 4, logarithm of the tail 4."""
@@ -112,8 +112,6 @@ def stored(log_probs: Tensor, encoding: str) -> Tensor:
     """As they come back from an encoding."""
     if encoding == "float32":
         return log_probs
-    if encoding == "float16":
-        return log_probs.half().float()
     per_nat, largest = (8, 255) if encoding == "8 bits" else (2048, 65535)
     return -(-log_probs * per_nat).round().clamp(0, largest) / per_nat
 
@@ -226,8 +224,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True, help="Hugging Face folder, or GGUF file")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sample")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
     parser.add_argument("--noise", type=float, default=0.1, help="on the student's matrices, of their own spread")
     parser.add_argument("--top-k", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0])

@@ -184,7 +184,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from remit_megatron.config import load_recipe
 
     if arguments.distribution is not None:
-        arguments.overrides.append(f"reference.distribution={arguments.distribution}")
+        arguments.overrides = [*arguments.overrides, f"reference.distribution={arguments.distribution}"]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.follow and (arguments.output or arguments.check or arguments.export or arguments.shard != (0, 1)):
         raise UserError(

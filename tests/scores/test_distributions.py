@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from remit_megatron.cli import build_parser
 from remit_megatron.config import parse_recipe
 from remit_megatron.data.microbatch import Scores
 from remit_megatron.errors import UserError
@@ -29,9 +30,10 @@ from remit_megatron.scores.record import (
     unpack_planes,
 )
 from tests.ranks import run_ranks
+from tests.test_docs import commands
 from tests.train.runs import SAMPLES, SEQUENCE, VOCAB, metrics, remit, train_all
 
-STEPS = 4
+STEPS = 2
 SHORT: dict[str, Any] = {
     "checkpoint": {"every_steps": 0},
     "evaluation": {"every_steps": 0},
@@ -110,14 +112,13 @@ def outcomes(folder: Path) -> dict[str, tuple[int, str]]:
     runs: dict[str, tuple[str, str, dict[str, Any]]] = {}
     for name in OBJECTIVES:
         runs[f"{name} tp2 online"] = (name, "tp2", {})
-        runs[f"{name} tp2 online kept"] = (name, "tp2", {"distribution": VOCAB})
         runs[f"{name} tp2 disk"] = (name, "tp2", {"distribution": VOCAB, "scores": str(folder / "whole")})
-    for layout in ("pp2", "cp2", "dp2"):
+    runs["switch tp2 online kept"] = ("switch", "tp2", {"distribution": VOCAB})
+    for layout in ("pp2", "cp2"):
         runs[f"switch {layout} online"] = ("switch", layout, {})
         here = {"scores": str(folder / "whole"), "check_samples": 0}
         runs[f"switch {layout} disk"] = ("switch", layout, {"distribution": VOCAB, **here})
-    runs["forward few"] = ("forward", "dp2", {"distribution": 9, "scores": str(folder / "few")})
-    runs["forward whole"] = ("forward", "dp2", {"distribution": VOCAB, "scores": str(folder / "whole")})
+    runs["forward few"] = ("forward", "tp2", {"distribution": 9, "scores": str(folder / "few")})
     runs["remit labels"] = ("remit", "dp2", {"scores": str(folder / "labels")})
     runs["remit few"] = ("remit", "dp2", {"scores": str(folder / "few")})
     written = {"distribution": 9, "write_scores": str(folder / "written")}
@@ -142,18 +143,20 @@ def test_runs_end_well(outcomes: dict[str, tuple[int, str]]) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_disk_is_online(folder: Path, outcomes: dict[str, tuple[int, str]], name: str) -> None:
-    """Where all tokens are kept: bit for bit as kept online, and as whole up to the quanta of log-probabilities, which
-    err by 1.2e-4 nat at most, times the squared temperature."""
+    """Where all tokens are kept: as whole up to the quanta of log-probabilities, which err by 2.5e-4 nat at most, times
+    the squared temperature."""
     disk, online = lines(folder, f"{name} tp2 disk"), lines(folder, f"{name} tp2 online")
-    assert disk == lines(folder, f"{name} tp2 online kept")
     for got, want in zip(disk, online, strict=True):
         assert got == pytest.approx(want, rel=2e-3, abs=5e-4)
         for exact in ("routed", "ref_entropy", "entropy_threshold", "agrees_routed", "agrees_rest"):
             assert got.get(exact) == pytest.approx(want.get(exact), rel=1e-6)
-    assert disk[-1]["loss"] < disk[0]["loss"]
 
 
-@pytest.mark.parametrize("layout", ["pp2", "cp2", "dp2"])
+def test_kept_online_is_disk_bit_for_bit(folder: Path, outcomes: dict[str, tuple[int, str]]) -> None:
+    assert lines(folder, "switch tp2 disk") == lines(folder, "switch tp2 online kept")
+
+
+@pytest.mark.parametrize("layout", ["pp2", "cp2"])
 def test_other_layouts(folder: Path, outcomes: dict[str, tuple[int, str]], layout: str) -> None:
     """Made on two tensor-parallel ranks, read in another layout; as online there."""
     pairs = zip(lines(folder, f"switch {layout} disk"), lines(folder, f"switch {layout} online"), strict=True)
@@ -162,7 +165,7 @@ def test_other_layouts(folder: Path, outcomes: dict[str, tuple[int, str]], layou
 
 
 def test_a_few_tokens_are_a_lower_bound(folder: Path, outcomes: dict[str, tuple[int, str]]) -> None:
-    few, whole = lines(folder, "forward few")[0], lines(folder, "forward whole")[0]
+    few, whole = lines(folder, "forward few")[0], lines(folder, "forward tp2 disk")[0]
     assert few["nll"] == whole["nll"]
     assert 0.5 * whole["kl"] < few["kl"] < 0.999 * whole["kl"]
 
@@ -230,6 +233,18 @@ def test_each_misfit_is_refused_by_name(folder: Path, outcomes: dict[str, tuple[
         assert code == 2, text
         assert message in text
     assert not (folder / "kept refused").exists(), "a refused run wrote something"
+
+
+def test_commands_of_the_page() -> None:
+    """Each `remit` line of docs/objectives.md is one that the program has, and both of kept distributions belong
+    together."""
+    lines = [words for words in commands("docs/objectives.md") if words[0] == ".venv/bin/remit"]
+    parsed = [build_parser().parse_args(words[1:]) for words in lines]
+    (made,) = (one for one in parsed if getattr(one, "distribution", None))
+    assert made.output == "scores/top64"
+    assert ["reference.scores=scores/top64", f"reference.distribution={made.distribution}"] in [
+        getattr(one, "overrides", None) for one in parsed
+    ]
 
 
 def test_recipes_that_cannot_be(tmp_path: Path) -> None:
