@@ -11,7 +11,7 @@ from pathlib import Path
 
 from remit_megatron.errors import RunError
 
-SAID = re.compile(r"the answer is\s*:?\s*(.+)", re.IGNORECASE)
+SAID = re.compile(r"the answer is\s*:?", re.IGNORECASE)
 BOX = "\\boxed{"
 WRAPPED = re.compile(r"^\\(?:text|textbf|mathrm|mathbf)\{(.*)\}$", re.DOTALL)
 OPTION = re.compile(r"^\(([A-Z])\)$")
@@ -22,8 +22,8 @@ def final_answer(text: str) -> str | None:
     start = text.rfind(BOX)
     if start >= 0:
         return _plain(_balanced(text[start + len(BOX) :]))
-    said = SAID.findall(text)
-    return _plain(said[-1]) if said else None
+    said = list(SAID.finditer(text))
+    return _plain(text[said[-1].end() :].strip().split("\n")[0]) if said else None
 
 
 def _balanced(text: str) -> str:
