@@ -91,6 +91,9 @@ def _add_running(commands: Any) -> None:
     score.add_argument(
         "--check", type=positive, nargs="?", const=64, default=0, metavar="N", help="compare N samples, default 64"
     )
+    score.add_argument(
+        "--distribution", type=positive, metavar="K", help="keep the K most probable tokens too; reference.distribution"
+    )
     score.add_argument("--export", metavar="DIR", help="write the scores by token, for `remit data select`")
     score.add_argument("--follow", action="store_true", help="score for the recipe's run while it trains")
     score.add_argument("--nproc", type=positive, metavar="N", help="start N local ranks")
@@ -188,6 +191,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace) -> int:
     from remit_megatron.config import load_recipe
 
+    if arguments.distribution is not None:
+        arguments.overrides = [*arguments.overrides, f"reference.distribution={arguments.distribution}"]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.follow and (arguments.output or arguments.check or arguments.export or arguments.shard != (0, 1)):
         raise UserError(

@@ -30,6 +30,12 @@ def check_models(recipe: Recipe, shape: ModelShape, reference: ModelShape | None
     check_document_mask(recipe)
     if reference is None:
         return
+    kept = recipe.reference.distribution if recipe.reference is not None else 0
+    if kept > reference.vocab_size:
+        raise UserError(
+            f"reference.distribution = {kept} is more than the {reference.vocab_size} tokens of the reference's "
+            "vocabulary: choose fewer"
+        )
     if reference.vocab_size != shape.vocab_size and recipe.objective.needs & OF_THE_DISTRIBUTION:
         raise UserError(
             f"reference.path: its vocabulary has {reference.vocab_size} rows, the model's {shape.vocab_size}: "
@@ -95,6 +101,7 @@ def check_graph(recipe: Recipe, device_type: str) -> None:
         "parallel.tensor, pipeline and context = 1": p.tensor == p.pipeline == p.context == 1,
         "data.document_mask = false": not recipe.data.document_mask,
         "an objective that takes scores": not recipe.objective.needs & OF_THE_DISTRIBUTION,
+        "reference.distribution = 0": not recipe.reference.distribution,
     }
     unmet = [condition for condition, met in reasons.items() if not met]
     if unmet:

@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="Hugging Face folder or hub id, checkpoint or run folder"
     )
-    parser.add_argument("--suite", choices=sorted(SUITES), help="base: Tables 1 and 2; post: Tables 3 and 4")
+    parser.add_argument("--suite", choices=sorted(SUITES), help="base: Tables 1 and 2; post: 3 and 4")
     parser.add_argument("--output", metavar="FOLDER", help="results.json and logs; again: goes on where it stopped")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="only these benchmarks of the suite")
     parser.add_argument(

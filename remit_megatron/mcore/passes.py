@@ -23,6 +23,7 @@ from remit_megatron.ops.choices import Compared
 from remit_megatron.ops.distillation import Teacher
 from remit_megatron.ops.distillation_entropy import entropy_and_top
 from remit_megatron.ops.shard import IGNORED_LABEL
+from remit_megatron.ops.top_tokens import TopTokens, summarise
 
 Report = dict[str, Tensor]
 """A microbatch's metrics by name, [numerator, denominator] each."""
@@ -133,6 +134,41 @@ def entropy_and_agreement(
             chunk_tokens=head.head_chunk_tokens,
         )
         found.append((entropy.view(wanted.shape), (top.view(wanted.shape) == wanted.to(top.device)).float()))
+    return found
+
+
+def summaries(
+    reference: Sequence[Any],
+    hidden: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    *,
+    top_k: int,
+    temperature: float = 1.0,
+) -> list[Scores]:
+    """Of each microbatch all that is kept of the reference's distributions in place of the hidden states: `top` with
+    `top_k` tokens and `entropy` at the temperature, `agrees`, and `ref_nll` at temperature 1.
+
+    reference, hidden: as of `entropy_and_agreement`; labels: [b, s/cp] int64, -100 where masked.
+    """
+    head, found = unwrap(reference[-1]), list[Scores]()
+    for states, wanted in zip(hidden, labels, strict=True):
+        b, s = wanted.shape
+        # In the order in which the NLL's own head has the tokens, so that the bits are the same.
+        kept = summarise(
+            states.transpose(0, 1).flatten(0, 1),
+            head.head_weight(),
+            wanted.t().flatten(),
+            top_k=top_k,
+            temperature=temperature,
+            valid_vocab=head.valid_vocab,
+            tp_group=head.pg_collection.tp,
+            chunk_tokens=head.head_chunk_tokens,
+            implementation=head.loss_implementation,
+        )
+        ids, log_probs = (x.view(s, b, top_k).transpose(0, 1) for x in (kept.top.ids, kept.top.log_probs))
+        nll, entropy, log_tail = (x.view(s, b).t() for x in (kept.nll, kept.entropy, kept.top.log_tail))
+        top = TopTokens(ids=ids, log_probs=log_probs, log_tail=log_tail)
+        found.append(Scores(ref_nll=nll, entropy=entropy, agrees=(ids[..., 0] == wanted).float(), top=top))
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 import torch.distributed as dist
 
 from remit_megatron.config import Recipe
@@ -19,6 +19,7 @@ from remit_megatron.run.process import Process, StopSignals, from_rank_0, joined
 from remit_megatron.run.watchdog import Watchdog
 from remit_megatron.scores.queue import KEY, ScorerSide, clear_scores, write_step
 from remit_megatron.scores.queued import queue_manifest
+from remit_megatron.scores.record import pack_rows, queued_row
 from remit_megatron.scores.scorer import SampleNumber, Scorer, cache_manifest
 
 IDLE_S = 0.05
@@ -100,7 +101,7 @@ def _follow(scorer: Scorer, side: ScorerSide, process: Process, stop: Callable[[
         samples = [order[n] for n in range((step - 1) * count, step * count)]
         scores = _score(scorer, samples, side, process, partial(watchdog.stepped, step - 1))
         if writes:
-            write_step(side.folder, step, side.manifest, samples, scores.numpy())
+            write_step(side.folder, step, side.manifest, samples, scores)
         dist.barrier()
         if process.rank == 0:
             side.announce(step)
@@ -118,15 +119,17 @@ def _is_over(recipe: Recipe) -> bool:
 
 def _score(
     scorer: Scorer, samples: list[SampleNumber], side: ScorerSide, process: Process, moved: Callable[[], None]
-) -> torch.Tensor:
-    """[n, s] float32 nats on the writing rank. Piece by piece, so that a large step shows that it moves."""
-    size, pieces = scorer.round_samples * ROUNDS_A_PIECE, []
+) -> np.ndarray:
+    """As `write_step` takes them, on the writing rank. Piece by piece, so that a large step shows that it moves."""
+    size, pieces, row = scorer.round_samples * ROUNDS_A_PIECE, [], queued_row(side.manifest.scores)
     for first in range(0, len(samples), size):
-        pieces.append(scorer.nll(samples[first : first + size])[0])
+        found = scorer.score(samples[first : first + size])
+        planes = None if found.planes is None else found.planes.numpy()
+        pieces.append(pack_rows(row, found.nll.numpy(), planes))
         moved()
         if process.rank == 0:
             side.beat()
-    return torch.cat(pieces)
+    return np.concatenate(pieces)
 
 
 def _say(process: Process, text: str) -> None:

@@ -3,7 +3,7 @@
 FOLDER/run.json               by the run: what its scores must be, and the step that it needs next
 FOLDER/.run.lock              held by the run: one folder serves one run at a time
 FOLDER/scorer.json            by the scorer: what its scores are, a counter that moves with its work, what is ready
-FOLDER/step-00000012.scores   by the scorer, which also removes it: SHA-256, ids of the samples, float32 NLL [n, s]
+FOLDER/step-00000012.scores   by the scorer, which also removes it: SHA-256, ids of the samples, a row for each of them
 
 Each file has one writer, which replaces it whole; so there is nothing to lock, and a killed writer leaves the old one.
 Nothing depends on the hosts' clocks: a reader measures, with its own, how long the counter has stood still. Nothing is
@@ -30,6 +30,7 @@ from remit_megatron.data.files import clear_dead, is_held, temporary_name, writi
 from remit_megatron.errors import UserError
 from remit_megatron.outside import read_bytes
 from remit_megatron.scores.manifest import CacheManifest, first_difference
+from remit_megatron.scores.record import queued_row
 
 KEY = "reference.queue"
 RUN_LOCK = ".run.lock"
@@ -140,7 +141,8 @@ class RunSide:
         _replace(self.folder / "run.json", json.dumps(content).encode())
 
     def look(self, step: int, samples: Sequence[SampleNumber]) -> Look:
-        """A step's scores [n, s] float32 nats, if they are there. Raises UserError where they are of other samples."""
+        """A step's scores, as `write_step` was given them, if they are there. Raises UserError where they are of other
+        samples."""
         state, now = _read_scorer(self.folder) or self._state, self._clock()
         if state is None:
             return Look(reason="no scorer has come yet")
@@ -264,25 +266,33 @@ def _steps(folder: Path) -> list[int]:
 def write_step(
     folder: Path, step: int, manifest: QueueManifest, samples: Sequence[SampleNumber], scores: np.ndarray
 ) -> None:
-    """Raises RunError where the disk refuses."""
-    payload = np.asarray(samples, dtype="<i8").tobytes() + scores.astype("<f4").tobytes()
-    header = HEADER.pack(MAGIC, step, *scores.shape, manifest.digest, hashlib.sha256(payload).digest())
+    """scores: NLL [n, s] float32, or records [n] of `record.queued_row`. Raises RunError where the disk refuses."""
+    row = queued_row(manifest.scores)
+    scores = np.asarray(scores, dtype=row.base)
+    assert scores.shape[1:] == row.shape, f"{scores.shape[1:]} is not the shape of a sample's scores, {row.shape}"
+    payload = np.asarray(samples, dtype="<i8").tobytes() + scores.tobytes()
+    header = HEADER.pack(
+        MAGIC, step, len(scores), manifest.scores.sequence_length, manifest.digest, hashlib.sha256(payload).digest()
+    )
     _replace(_path(folder, step), header + payload)
 
 
 def read_step(folder: Path, step: int, manifest: QueueManifest) -> tuple[np.ndarray, np.ndarray] | None:
-    """(ids [n, 2] int64, NLL [n, s] float32) of a step; None where the file is absent, damaged or of other scores."""
+    """(ids [n, 2] int64, scores as `write_step` takes them) of a step; None where the file is absent, damaged or of
+    other scores."""
     try:
         content = _path(folder, step).read_bytes()
         magic, number, samples, length, digest, checksum = HEADER.unpack_from(content)
     except (OSError, struct.error):
         return None
     payload = memoryview(content)[HEADER.size :]
-    fits = (magic, number, digest) == (MAGIC, step, manifest.digest) and len(payload) == samples * (16 + 4 * length)
+    row, wanted = queued_row(manifest.scores), (MAGIC, step, manifest.digest, manifest.scores.sequence_length)
+    fits = (magic, number, digest, length) == wanted and len(payload) == samples * (16 + row.itemsize)
     if not fits or hashlib.sha256(payload).digest() != checksum:
         return None
     ids = np.frombuffer(payload, dtype="<i8", count=2 * samples).reshape(samples, 2)
-    return ids, np.frombuffer(payload, dtype="<f4", offset=16 * samples).reshape(samples, length)
+    scores = np.frombuffer(payload, dtype=row.base, offset=16 * samples)
+    return ids, scores.reshape(samples, *row.shape)
 
 
 def _path(folder: Path, step: int) -> Path:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from remit_megatron.config import Recipe
 from remit_megatron.errors import UserError
+from remit_megatron.ops.score_quanta import quantise
 from remit_megatron.run.models import build_reference
 from remit_megatron.run.prepare import prepare
 from remit_megatron.run.process import Process, from_rank_0, joined_process
@@ -74,13 +75,18 @@ def _score_blocks(
     mine = blocks_of(cache.manifest)[number::shards]
     todo: list[Block] = from_rank_0(lambda: [block for block in mine if not cache.is_whole(block)], process.device)
     started, done = time.monotonic(), 0
-    for block in todo:
+    # Blocks of long samples with their distributions hold fewer than all ranks score together.
+    together = max(1, scorer.round_samples // cache.manifest.block_samples)
+    for start in range(0, len(todo), together):
+        some = todo[start : start + together]
         with watchdog.slow("a block of scores"):
-            quanta, mask = scorer.score([(block.source, block.first + i) for i in range(block.samples)])
-            if writes:
-                cache.write_block(block, quanta.numpy(), mask.numpy())
-        if writes:
-            done += block.samples
+            scored = scorer.score([(block.source, block.first + i) for block in some for i in range(block.samples)])
+            first = 0
+            for block in some if writes else ():
+                rows = slice(first, first + block.samples)
+                planes = None if scored.planes is None else scored.planes[:, rows].numpy()
+                cache.write_block(block, quantise(scored.nll[rows]).numpy(), scored.mask[rows].numpy(), planes)
+                first, done = rows.stop, done + block.samples
             _say_progress(cache, todo, done, time.monotonic() - started)
     dist.barrier()
     if writes:
