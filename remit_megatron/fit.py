@@ -36,11 +36,11 @@ def check_models(recipe: Recipe, shape: ModelShape, reference: ModelShape | None
             f"reference.distribution = {kept} is more than the {reference.vocab_size} tokens of the reference's "
             "vocabulary: choose fewer"
         )
-    if reference.vocab_size != shape.vocab_size and recipe.objective.needs & OF_THE_DISTRIBUTION:
+    if kept and reference.vocab_size != shape.vocab_size:
         raise UserError(
-            f"reference.path: its vocabulary has {reference.vocab_size} rows, the model's {shape.vocab_size}: "
-            f"'{recipe.objective.name}' compares distributions, which have to be over the same rows: choose an "
-            "objective that reads the label's loss alone"
+            f"reference.distribution = {kept}: the reference's vocabulary has {reference.vocab_size} rows, the model's "
+            f"{shape.vocab_size}, and what is kept is over all of the reference's: leave it out, so that the "
+            "distributions are compared online, over the rows that both have"
         )
     check_layout(reference, recipe.parallel, "reference")
 

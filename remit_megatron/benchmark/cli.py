@@ -120,6 +120,8 @@ def _folder(name: str | None) -> Path | None:
                 f"--include-path {name}: lm_eval does not follow the link {link}, and would leave its tasks out: name "
                 "that folder, or put the files there"
             )
+    if other := sorted(folder.rglob("*.yml")):
+        raise UserError(f"--include-path {name}: lm_eval reads .yaml alone, and would leave {other[0]} out: rename it")
     if not any(folder.rglob("*.yaml")):
         raise UserError(f"--include-path {name}: is no folder with task files (*.yaml)")
     return folder.absolute()

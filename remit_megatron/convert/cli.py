@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise UserError(f"--max-shard-gb {arguments.max_shard_gb:g}: a number above 0 is expected")
     check_target(Path(arguments.target))
     like = local_folder(arguments.like, "--like")
-    from remit_megatron.convert.exporter import export_checkpoint
+    from remit_megatron.convert.exporter import export_checkpoint, left_behind
 
     written = export_checkpoint(
         arguments.checkpoint,
@@ -97,6 +98,8 @@ def _export(arguments: argparse.Namespace) -> int:
         int(arguments.max_shard_gb * 1e9),
         allowed_keys=arguments.allow_key,
     )
+    if rest := left_behind(like):
+        print(f"remit: not taken from {like}: {', '.join(rest)}", file=sys.stderr)
     print(f"{arguments.target}: {'written' if written else 'was there already, made'} from {arguments.checkpoint}")
     return 0
 

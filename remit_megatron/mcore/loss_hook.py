@@ -17,6 +17,7 @@ from torch import Tensor
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.heads import Chunked, HiddenLayer, Logits, LossHead, Vocabulary
 from remit_megatron.ops.implementation import Implementation
+from remit_megatron.ops.shard import cut_again
 
 
 class RemitGPTModel(GPTModel):
@@ -58,6 +59,7 @@ class RemitGPTModel(GPTModel):
         self.loss_implementation: Implementation = loss_implementation
         self.loss_calls = 0
         self.scorer = scorer
+        self._rows: Tensor | None = None
         self.by_sequence = loss_head == "sequence_chunks" and not scorer
         """Whether a training forward needs the loss of a sequence."""
         if self.by_sequence:
@@ -83,6 +85,17 @@ class RemitGPTModel(GPTModel):
         tied = self.share_embeddings_and_output_weights
         weight: Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return weight
+
+    def head_rows(self, num_local: int) -> Tensor:
+        """The rows [num_local, h] of a frozen head where every rank has so many columns of the vocabulary, zeros past
+        its last. Collective over tensor parallelism; another cut than its own is copied once and kept."""
+        weight = self.head_weight()
+        if len(weight) == num_local:
+            return weight
+        assert self.scorer, "only a frozen head keeps its rows in another cut"
+        if self._rows is None or len(self._rows) != num_local:
+            self._rows = cut_again(weight, num_local, self.pg_collection.tp)
+        return self._rows
 
     @contextlib.contextmanager
     def using(self, head: LossHead) -> Iterator[None]:

@@ -85,7 +85,8 @@ def nll_and_kl(
         local = microbatch.local(deal, hook.device_of_weights())
         if not hook.post_process:
             return run_model(local, model), _keep_in(results, local)
-        with hook.using(Distilling(teacher_of(reference, local.scores, temperature=temperature, top_k=top_k))):
+        teacher = teacher_of(reference, hook, local.scores, temperature=temperature, top_k=top_k)
+        with hook.using(Distilling(teacher)):
             return run_model(local, model), _keep_in(results, local)
 
     run_schedule(step, scored, chunks, forward_only=True)
@@ -94,20 +95,22 @@ def nll_and_kl(
 
 def teacher_of(
     reference: Sequence[Any],
+    student: RemitGPTModel,
     scores: Scores | None,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
     compare: Compared = "forward",
 ) -> Teacher:
-    """The distribution of a reference of which `scores` has the hidden states; reference: its chunks, on last-stage
-    ranks."""
+    """The distribution of a reference of which `scores` has the hidden states, for `student` to be compared with over
+    the rows that both have; reference: its chunks, on last-stage ranks. Collective over tensor parallelism."""
     assert scores is not None, "a distribution needs scores"
     assert scores.hidden is not None, "a distribution needs the reference's hidden states"
     head = unwrap(reference[-1])
     return Teacher(
         hidden=scores.hidden.transpose(0, 1),
-        weight=head.head_weight(),
+        weight=head.head_rows(len(student.head_weight())),
+        valid_vocab=min(head.valid_vocab, student.valid_vocab),
         temperature=temperature,
         chunk_tokens=head.head_chunk_tokens,
         top_k=top_k,
@@ -116,12 +119,18 @@ def teacher_of(
 
 
 def entropy_and_agreement(
-    reference: Sequence[Any], hidden: Sequence[Tensor], labels: Sequence[Tensor], *, temperature: float = 1.0
+    reference: Sequence[Any],
+    hidden: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    common_vocab: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each microbatch, [b, s/cp] float32 each: the entropy of the reference's distribution at the temperature, nats,
     and 1 where its most probable token is the label.
 
     reference: its chunks, on last-stage ranks; hidden: what `hidden` makes of them; labels: [b, s/cp] int64.
+    common_vocab: rows of the vocabulary that the distribution is over, from the first on; None: the reference's.
     """
     head, found = unwrap(reference[-1]), list[tuple[Tensor, Tensor]]()
     for states, wanted in zip(hidden, labels, strict=True):
@@ -129,7 +138,7 @@ def entropy_and_agreement(
             states.flatten(0, 1),
             head.head_weight(),
             temperature=temperature,
-            valid_vocab=head.valid_vocab,
+            valid_vocab=min(head.valid_vocab, common_vocab or head.valid_vocab),
             tp_group=head.pg_collection.tp,
             chunk_tokens=head.head_chunk_tokens,
         )

@@ -41,6 +41,7 @@ def make_forward_step(
     round_scores: bool = False,
     graph: Replayed | None = None,
     sequence_length: int | None = None,
+    common_vocab: int | None = None,
 ) -> "ForwardStep":
     """A forward step for Megatron's schedules that trains with `objective`.
 
@@ -55,7 +56,12 @@ def make_forward_step(
     chunks = reference if isinstance(reference, list) else [reference] if reference is not None else []
     groups = groups or current_groups()
     frozen = FrozenReference(
-        chunks=chunks, groups=groups, merge_microbatches=merge_microbatches, round_scores=round_scores, graph=graph
+        chunks=chunks,
+        groups=groups,
+        merge_microbatches=merge_microbatches,
+        round_scores=round_scores,
+        common_vocab=common_vocab,
+        graph=graph,
     )
     return ForwardStep(objective, frozen, groups, sequence_length)
 
@@ -186,7 +192,7 @@ class ForwardStep:
         if Need.DISTRIBUTION not in self.objective.needs or not hook.post_process:
             return contextlib.nullcontext()
         compared = None if local.routed is None else local.routed.compared
-        return hook.using(Distilling(self.reference.teacher(local.scores, self.objective), compared))
+        return hook.using(Distilling(self.reference.teacher(local.scores, self.objective, hook), compared))
 
     def _by_sequence(self, local: LocalMicrobatch, model: Any) -> tuple[Tensor, LossFunction]:
         """The model runs the objective itself, sample by sample, and its output is the loss sum."""

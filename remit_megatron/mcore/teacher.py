@@ -13,6 +13,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.mcore import passes
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups
+from remit_megatron.mcore.loss_hook import RemitGPTModel
 from remit_megatron.objectives import Need, Objective
 from remit_megatron.objectives.needs import OF_THE_DISTRIBUTION, OF_THE_REFERENCE
 from remit_megatron.ops.distillation import Teacher
@@ -33,6 +34,9 @@ class FrozenReference:
     """How many microbatches go through it in one pass."""
     round_scores: bool = False
     """Round the NLL to the quanta of scores on disk."""
+    common_vocab: int | None = None
+    """Rows of the vocabulary that student and reference both have: the distribution is over them. None: the student
+    has the reference's."""
     graph: Replayed | None = None
     """Replays the NLL's pass; without model parallelism and documents only."""
     top_k: int = 0
@@ -111,6 +115,7 @@ class FrozenReference:
                 hidden,
                 [deal.cut(one.labels) for one in microbatches],
                 temperature=objective.distribution.temperature,
+                common_vocab=self.common_vocab,
             )
             if Need.ENTROPY in missing:
                 found["entropy"] = [entropy for entropy, _ in both]
@@ -118,8 +123,8 @@ class FrozenReference:
                 found["agrees"] = [agrees for _, agrees in both]
         return found
 
-    def teacher(self, scores: Scores | None, objective: Objective) -> Teacher | KeptTeacher:
-        """The distribution of the microbatch that `scores` are of, as `objective` compares it."""
+    def teacher(self, scores: Scores | None, objective: Objective, student: RemitGPTModel) -> Teacher | KeptTeacher:
+        """The distribution of the microbatch that `scores` are of, as `objective` compares it with `student`'s."""
         if scores is not None and scores.top is not None:
             return kept_teacher(scores.top, objective)
         if not self.chunks:
@@ -127,7 +132,8 @@ class FrozenReference:
                 f"objective '{objective.name}' needs the reference's head: give make_forward_step a reference"
             )
         how = objective.distribution
-        return passes.teacher_of(self.chunks, scores, temperature=how.temperature, top_k=how.top_k, compare=how.compare)
+        kind = {"temperature": how.temperature, "top_k": how.top_k, "compare": how.compare}
+        return passes.teacher_of(self.chunks, student, scores, **kind)
 
 
 def kept_teacher(top: TopTokens, objective: Objective) -> KeptTeacher:

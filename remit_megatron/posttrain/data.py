@@ -32,11 +32,11 @@ class Problem:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Row]]:
-    """(place for messages, row) of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file; rows count from 1.
+    """(place for messages, row) of a .parquet file, or of JSON lines, also .gz, .zst or .zstd; rows count from 1.
 
     Raises UserError naming the file and the row.
     """
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         yield from _read_parquet(path)
         return
     number = 0
@@ -55,9 +55,9 @@ def read_rows(path: str) -> Iterator[tuple[str, Row]]:
 
 
 def _open(path: str) -> io.TextIOBase:
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8")
-    if path.endswith(".zst"):
+    if path.lower().endswith((".zst", ".zstd")):
         import zstandard
 
         packed = Path(path).open("rb")  # noqa: SIM115 - closed with the text

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from remit_megatron.data.files import write_atomically
+from remit_megatron.data.tokenizer import same_tokenizer
 from remit_megatron.errors import UserError
 
 FORMAT = 1
@@ -136,7 +137,8 @@ def first_difference(found: CacheManifest, wanted: CacheManifest) -> tuple[str, 
     }
     for name, words in names.items():
         a, b = getattr(found, name), getattr(wanted, name)
-        if a != b:
+        one_tokenizer = name == "tokenizer" and a and b and same_tokenizer(a, b)
+        if a != b and not one_tokenizer:
             return words, _short(a), _short(b)
     return _other_distribution(found.distribution, wanted.distribution)
 

@@ -62,6 +62,7 @@ def frozen_reference(ready: Ready, reference: Reference | None) -> FrozenReferen
         groups=ready.groups,
         merge_microbatches=settings.merge_microbatches,
         round_scores=settings.rounds,
+        common_vocab=ready.plan.common_rows,
         graph=Replayed() if settings.cuda_graph else None,
         top_k=settings.distribution,
     )

@@ -74,7 +74,9 @@ class QueueManifest(BaseModel):
             )
         if found:
             return f"{found[0]} ({found[1]} there, {found[2]} here)"
-        return None if self == other else "the datasets of data.train"
+        tokenizer = {"tokenizer": other.scores.tokenizer}  # of two names one tokenizer by now
+        renamed = self.model_copy(update={"scores": self.scores.model_copy(update=tokenizer)})
+        return None if renamed == other else "the datasets of data.train"
 
 
 class RunState(NamedTuple):
@@ -152,7 +154,7 @@ class RunSide:
         if different:
             return Look(reason=f"the scorer in {self.folder} makes other scores: {different}")
         if step in state.ready:
-            scores = self._read(step, samples)
+            scores = self._read(step, samples, state.manifest)
             if scores is not None:
                 return Look(scores=scores)
             if self._unreadable is None or self._unreadable[0] != step:
@@ -169,8 +171,9 @@ class RunSide:
             else Look(reason=f"the scorer has not moved for {still_s:.0f} s")
         )
 
-    def _read(self, step: int, samples: Sequence[SampleNumber]) -> np.ndarray | None:
-        found = read_step(self.folder, step, self.manifest)
+    def _read(self, step: int, samples: Sequence[SampleNumber], written: QueueManifest) -> np.ndarray | None:
+        """written: what the scorer says of its scores, which may name the tokenizer otherwise."""
+        found = read_step(self.folder, step, written)
         if found is None:
             return None
         ids, scores = found

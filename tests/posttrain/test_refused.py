@@ -13,6 +13,7 @@
 w: in tests/flywheel/test_wheel.py. A UserError is exit code 2 (test_command_line).
 """
 
+import gzip
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 
 from remit_megatron.cli import main
@@ -162,6 +164,14 @@ def test_forms_of_preferences() -> None:
     assert data.preference("", {"chosen": [USER, ANSWER], "rejected": [USER, other]}) == wanted
     assert data.preference("", {"prompt": "2+3", "chosen": [USER, ANSWER], "rejected": [USER, other]}) == wanted
     assert data.preference("", {"prompt": [USER], "chosen": "5", "rejected": "6"}) == wanted
+
+
+@pytest.mark.parametrize("ending", [".jsonl.zst", ".jsonl.zstd", ".JSONL.GZ"])
+def test_archives_of_rows(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{ending}"
+    text = b'{"prompt": "2+3"}\n'
+    path.write_bytes(gzip.compress(text) if ending.endswith("GZ") else zstandard.compress(text))
+    assert [row for _, row in data.read_rows(str(path))] == [{"prompt": "2+3"}]
 
 
 def test_open_instruct_rows() -> None:

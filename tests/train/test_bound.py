@@ -13,6 +13,7 @@ import pytest
 from data_prep.writer import write_dataset
 from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.data import checksums
+from remit_megatron.data.manifest import Manifest
 from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta, read_meta, write_meta
 from remit_megatron.run.folder import RunFolder, settings_digest
@@ -72,10 +73,24 @@ def cut_metrics(folder: Path, name: str) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
 
 
+def of_tokenizer(folder: Path, name: str, known: str) -> None:
+    """Back at step 6, of a version that knew the tokenizer by `known`."""
+    to_step_6(folder, name)
+    path = checkpoints(folder, name) / OLDER / "meta.json"
+    meta = json.loads(path.read_text()) | {"tokenizer": known}
+    meta.pop("checksum")
+    path.write_text(json.dumps(meta | {"checksum": checksums.own_checksum(meta)}))
+
+
+TOKENIZER, TOKENIZER_BEFORE = f"{'a' * 32}-{'b' * 16}-{'c' * 16}-{'d' * 12}", "c" * 64
 REFUSED: dict[str, tuple[Callable[[Path, str], None], str]] = {
     "meta of another step": (meta_of_another_step, "its meta.json is of step 6: the files of two checkpoints"),
     "files of another step": (files_of_another_step, "its meta.json belongs to another manifest.json"),
     "another recipe": (checkpoints_of_another_recipe, "was trained with another recipe than this run's recipe.toml"),
+    "another tokenizer": (
+        lambda folder, name: of_tokenizer(folder, name, "e" * 64),
+        "was trained with another tokenizer than that of data.train",
+    ),
     "another recipe, earlier": (of_an_earlier_version_and_another_recipe, "was trained with another recipe"),
 }
 
@@ -86,11 +101,19 @@ def train_on(rank: int, folder: Path) -> dict[str, tuple[int, str]]:
     assert train_all(rank, made) == [(0, "")] * 2
     changes: dict[str, Any] = {name: change for name, (change, _) in REFUSED.items()}
     changes |= {"earlier": of_an_earlier_version, "held out": to_step_6, "free keys": to_step_6, "cut": cut_metrics}
+    changes["tokenizer"] = lambda folder, name: of_tokenizer(folder, name, TOKENIZER_BEFORE)
     recipes = {name: settings(folder, name) for name in changes}
     for name, change in changes.items():
         shutil.copytree(folder / "sound", folder / name)
         change(folder, name)
     to_step_6(folder, "earlier")
+    manifest = Manifest.read(folder / "train")
+    assert manifest is not None
+    manifest.model_copy(update={"tokenizer_hash": TOKENIZER}).write(folder / "named")
+    for suffix in (".bin", ".idx"):
+        (folder / f"named{suffix}").symlink_to(folder / f"train{suffix}")
+    for name in ("tokenizer", "another tokenizer"):
+        recipes[name]["data"]["train"] = [{"path": str(folder / "named")}]
     generator = [[1 + (i * j) % 60 for j in range(40)] for i in range(1, 12)]
     write_dataset(str(folder / "other held"), generator, vocab_size=VOCAB, eod_id=EOD)
     recipes["held out"]["data"]["eval"]["held"] = str(folder / "other held")
@@ -178,6 +201,11 @@ def test_a_folder_that_was_moved_is_noticed(folder: Path, outcomes: Any) -> None
     assert there.name == OLDER
     assert checksums.whole(there)
     assert not (folder / "moved away" / "DONE").exists()
+
+
+def test_a_tokenizer_may_be_known_by_a_name_of_before(folder: Path, outcomes: Any) -> None:
+    assert outcomes["tokenizer"] == (0, "")
+    assert metrics(folder, "tokenizer") == metrics(folder, "sound")
 
 
 def test_missing_lines_are_said(folder: Path, outcomes: Any) -> None:
