@@ -8,7 +8,7 @@ patching the symbol it uses would not reach callers that imported it earlier.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -45,8 +45,26 @@ class RemitGPTModel(GPTModel):
         loss_implementation: Implementation = "auto",
         **kwargs: Any,
     ):
-        assert loss_head in ("logits", "sequence_chunks"), f"unknown loss_head '{loss_head}'"
         super().__init__(*args, **kwargs)
+        self.take_over_loss(
+            valid_vocab=valid_vocab,
+            scorer=scorer,
+            head_chunk_tokens=head_chunk_tokens,
+            loss_head=loss_head,
+            loss_implementation=loss_implementation,
+        )
+
+    def take_over_loss(
+        self,
+        *,
+        valid_vocab: int | None = None,
+        scorer: bool = False,
+        head_chunk_tokens: int = 2048,
+        loss_head: str = "logits",
+        loss_implementation: Implementation = "auto",
+    ) -> None:
+        """What the constructor adds to a GPTModel that is built; see `hooked`. Raises UserError for what cannot be."""
+        assert loss_head in ("logits", "sequence_chunks"), f"unknown loss_head '{loss_head}'"
         if getattr(self.config, "mtp_num_layers", None):
             raise UserError("multi-token prediction (mtp_num_layers) is not supported: its heads share the loss hook")
         if getattr(self.config, "num_moe_experts", None):
@@ -105,6 +123,26 @@ class RemitGPTModel(GPTModel):
             implementation=self.loss_implementation,
         )
         return self.head(labels, logits, vocabulary)
+
+
+def hooked(model: GPTModel, **settings: Any) -> RemitGPTModel:
+    """The GPTModel itself, which is a RemitGPTModel from here on: same parameters, same names in a checkpoint.
+
+    settings: those of RemitGPTModel beside GPTModel's. A subclass of GPTModel keeps its own methods under the hook's.
+    Raises UserError for a model of another kind.
+    """
+    become(model, RemitGPTModel)
+    hook = cast("RemitGPTModel", model)
+    hook.take_over_loss(**settings)
+    return hook
+
+
+def become(model: Any, kind: type[GPTModel]) -> None:
+    """Give a built model another class, on top of the one it has. Raises UserError where it is no GPTModel."""
+    found = type(model)
+    if not isinstance(model, GPTModel):
+        raise UserError(f"the model must be Megatron-Core's GPTModel, got {found.__name__}")
+    model.__class__ = kind if issubclass(kind, found) else type(f"{kind.__name__}Of{found.__name__}", (kind, found), {})
 
 
 def unwrap(model: Any) -> Any:
