@@ -60,7 +60,7 @@ class WeightingGPTModel(RemitGPTModel):
         return nll * self.weights(nll.detach(), ref_nll, cast("Tensor", loss_mask).float())
 
     def weights(self, nll: Tensor, ref_nll: Tensor | None, mask: Tensor) -> Tensor:
-        """What each token's NLL counts for, [b, s/cp] float32: the gradient of the objective's sum. Adds to `metrics`."""
+        """What each NLL counts for, [b, s/cp] float32: the gradient of the objective's sum. Adds to `metrics`."""
         with torch.enable_grad():
             leaf = nll.clone().requires_grad_()
             out = self.objective(TokenStats(nll=leaf, ref_nll=ref_nll, mask=mask, cp_group=current_groups().cp))
