@@ -69,5 +69,6 @@ if __name__ == "__main__":
     script = sys.argv[1]
     sys.argv[:] = sys.argv[1:]
     sys.path[0] = str(Path(script).resolve().parent)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-LM insists on it
     redirect()
     runpy.run_path(script, run_name="__main__")
