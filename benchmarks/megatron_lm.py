@@ -113,9 +113,9 @@ def flags(shape: Shape, folder: Path, nproc: int, steps: int) -> list[str]:
     --tensor-model-parallel-size {nproc} --calculate-per-token-loss --distributed-backend gloo
     --tokenizer-type NullTokenizer --vocab-size {shape.vocab - 1} --make-vocab-size-divisible-by 1
     --data-path {folder}/corpus --split 100,0,0 --num-workers 0 --no-mmap-bin-files
-    --no-create-attention-mask-in-dataloader --log-interval 1 --eval-iters 0 --use-cpu-initialization
-    --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
-    --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
+    --no-create-attention-mask-in-dataloader --log-interval 1 --eval-iters 0 --eval-interval 1000
+    --use-cpu-initialization --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion
+    --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
     --load {folder}/weights --finetune
     """
     return text.split()

@@ -65,12 +65,8 @@ class RemitGPTModel(GPTModel):
     ) -> None:
         """What the constructor adds to a GPTModel that is built; see `hooked`. Raises UserError for what cannot be."""
         assert loss_head in ("logits", "sequence_chunks"), f"unknown loss_head '{loss_head}'"
-        if getattr(self.config, "mtp_num_layers", None):
-            raise UserError("multi-token prediction (mtp_num_layers) is not supported: its heads share the loss hook")
-        if getattr(self.config, "num_moe_experts", None):
-            raise UserError(
-                "mixture of experts (num_moe_experts) is not supported: its auxiliary losses are untested here"
-            )
+        self.mtp_heads: int = getattr(self.config, "mtp_num_layers", None) or 0
+        """Heads of multi-token prediction: they call the hook one after the other, before the model's own head does."""
         self.valid_vocab: int = self.vocab_size if valid_vocab is None else valid_vocab
         self.head_chunk_tokens = head_chunk_tokens
         self.loss_implementation: Implementation = loss_implementation
@@ -79,7 +75,7 @@ class RemitGPTModel(GPTModel):
         self.by_sequence = loss_head == "sequence_chunks" and not scorer
         """Whether a training forward needs the loss of a sequence."""
         if self.by_sequence:
-            _refuse_for_sequence_chunks(self.config)
+            _refuse_for_sequence_chunks(self.config, self.mtp_heads)
         self.takes_hidden = scorer or self.by_sequence
         """Whether the output layer hands hidden states on in place of logits."""
         self.head: LossHead = Chunked(head_chunk_tokens) if self.takes_hidden else Logits()
@@ -114,15 +110,27 @@ class RemitGPTModel(GPTModel):
             self.head = before
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s/cp] (-100: ignored), logits [s/cp, b, V/tp] or hidden states -> the head's result."""
+        """labels [b, s/cp] (-100: ignored), logits [s/cp, b, V/tp] or hidden states -> the head's result.
+
+        A head of multi-token prediction gets the plain NLL of its labels, a scorer's nothing but zeros: what Megatron
+        makes of it is no part of the output.
+        """
         self.loss_calls += 1
+        is_mtp = self.loss_calls % (self.mtp_heads + 1) > 0
+        if is_mtp and self.takes_hidden:
+            return torch.zeros_like(labels, dtype=torch.float32)
         vocabulary = Vocabulary(
             weight=self.head_weight(),
             valid_vocab=self.valid_vocab,
             tp_group=self.pg_collection.tp,
             implementation=self.loss_implementation,
         )
-        return self.head(labels, logits, vocabulary)
+        return (Logits() if is_mtp else self.head)(labels, logits, vocabulary)
+
+    @property
+    def calls_a_pass(self) -> int:
+        """How often the hook is called in one pass of this chunk with labels."""
+        return self.mtp_heads + 1 if self.post_process else 0
 
 
 def hooked(model: GPTModel, **settings: Any) -> RemitGPTModel:
@@ -152,8 +160,10 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def _refuse_for_sequence_chunks(config: Any) -> None:
+def _refuse_for_sequence_chunks(config: Any, mtp_heads: int) -> None:
     """Raises UserError for what a gradient formed in forward cannot serve."""
+    if mtp_heads:
+        raise UserError("multi-token prediction (mtp_num_layers) has heads of its own: it needs loss_head = 'logits'")
     if config.fp16:
         raise UserError("loss_head = 'sequence_chunks' forms gradients before the loss is scaled: fp16 needs 'logits'")
     if config.defer_embedding_wgrad_compute:
