@@ -249,16 +249,20 @@ def _state(chunks: list[Any], optimizer: Any | None) -> dict[str, Any]:
 def load_model(folder: Path, chunks: list[Any]) -> None:
     """Load weights only. Collective. Raises UserError naming the folder when a tensor is absent or unreadable."""
     state = model_state(chunks)
+    names = {value.key for value in nested_values(state) if hasattr(value, "key")}
     loaded = _load(state, folder)
     if is_foreign(folder):
-        _check_all_read(state, folder)
+        _check_all_read(names, folder)
     _restore_model(loaded, chunks)
 
 
-def _check_all_read(state: dict[str, Any], folder: Path) -> None:
-    """Raises UserError where a checkpoint of Megatron-LM has weights that the model does not take. Collective."""
+def _check_all_read(names: set[str], folder: Path) -> None:
+    """Raises UserError where a checkpoint of Megatron-LM has weights that the model does not take. Collective.
+
+    names: of the weights that this rank has taken.
+    """
     taken: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(taken, {value.key for value in nested_values(state) if hasattr(value, "key")})
+    dist.all_gather_object(taken, names)
     stored = {name.split("/shard_")[0] for name in Reader(folder).read_metadata().state_dict_metadata}
     weights = {name for name in stored if name.startswith(WEIGHTS) and not name.endswith("_extra_state")}
     if left := sorted(weights.difference(*taken)):
