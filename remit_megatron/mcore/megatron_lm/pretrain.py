@@ -24,6 +24,8 @@ REFUSED = {
     "logits_load_dir": "it is another distillation",
     "use_legacy_models": "they have no loss hook",
     "overlap_moe_expert_parallel_comm": "it calls the model in another way",
+    "use_torch_fsdp2": "it was not tried",
+    "use_megatron_fsdp": "it was not tried",
 }
 """Flags of Megatron-LM under which the step would train something else than it says, and why."""
 
@@ -49,6 +51,9 @@ def check_arguments(arguments: Any) -> None:
     for name, why in REFUSED.items():
         if getattr(arguments, name, False):
             raise UserError(f"--{name.replace('_', '-')} does not go with ReMiT: {why}")
+    graphs = f"{getattr(arguments, 'cuda_graph_impl', '')} {getattr(arguments, 'cuda_graph_scope', '')}"
+    if "full_iteration" in graphs:
+        raise UserError("CUDA graphs of a full iteration do not go with ReMiT: the reference runs within it")
     if not arguments.calculate_per_token_loss:
         raise UserError("ReMiT needs --calculate-per-token-loss: the other normalisation is inexact")
 
