@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,14 @@ def verify(folder: Path) -> None:
 
 
 def _problems_of_rank(folder: Path) -> list[str]:
+    if not (folder / "meta.json").exists() and not (folder / checksums.NAME).exists():
+        if dist.get_rank() == 0:
+            print(
+                f"remit: {folder} is Megatron-LM's and has no checksums: `remit convert adopt` gives it some",
+                file=sys.stderr,
+                flush=True,
+            )
+        return []
     try:
         files = checksums.read(folder)
     except DamagedError as error:

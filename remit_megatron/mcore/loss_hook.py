@@ -8,7 +8,7 @@ patching the symbol it uses would not reach callers that imported it earlier.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -46,14 +46,28 @@ class RemitGPTModel(GPTModel):
         loss_implementation: Implementation = "auto",
         **kwargs: Any,
     ):
-        assert loss_head in ("logits", "sequence_chunks"), f"unknown loss_head '{loss_head}'"
         super().__init__(*args, **kwargs)
-        if getattr(self.config, "mtp_num_layers", None):
-            raise UserError("multi-token prediction (mtp_num_layers) is not supported: its heads share the loss hook")
-        if getattr(self.config, "num_moe_experts", None):
-            raise UserError(
-                "mixture of experts (num_moe_experts) is not supported: its auxiliary losses are untested here"
-            )
+        self.take_over_loss(
+            valid_vocab=valid_vocab,
+            scorer=scorer,
+            head_chunk_tokens=head_chunk_tokens,
+            loss_head=loss_head,
+            loss_implementation=loss_implementation,
+        )
+
+    def take_over_loss(
+        self,
+        *,
+        valid_vocab: int | None = None,
+        scorer: bool = False,
+        head_chunk_tokens: int = 2048,
+        loss_head: str = "logits",
+        loss_implementation: Implementation = "auto",
+    ) -> None:
+        """What the constructor adds to a GPTModel that is built; see `hooked`. Raises UserError for what cannot be."""
+        assert loss_head in ("logits", "sequence_chunks"), f"unknown loss_head '{loss_head}'"
+        self.mtp_heads: int = getattr(self.config, "mtp_num_layers", None) or 0
+        """Heads of multi-token prediction: they call the hook one after the other, before the model's own head does."""
         self.valid_vocab: int = self.vocab_size if valid_vocab is None else valid_vocab
         self.head_chunk_tokens = head_chunk_tokens
         self.loss_implementation: Implementation = loss_implementation
@@ -63,7 +77,7 @@ class RemitGPTModel(GPTModel):
         self.by_sequence = loss_head == "sequence_chunks" and not scorer
         """Whether a training forward needs the loss of a sequence."""
         if self.by_sequence:
-            _refuse_for_sequence_chunks(self.config)
+            _refuse_for_sequence_chunks(self.config, self.mtp_heads)
         self.takes_hidden = scorer or self.by_sequence
         """Whether the output layer hands hidden states on in place of logits."""
         self.head: LossHead = Chunked(head_chunk_tokens) if self.takes_hidden else Logits()
@@ -109,15 +123,47 @@ class RemitGPTModel(GPTModel):
             self.head = before
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s/cp] (-100: ignored), logits [s/cp, b, V/tp] or hidden states -> the head's result."""
+        """labels [b, s/cp] (-100: ignored), logits [s/cp, b, V/tp] or hidden states -> the head's result.
+
+        A head of multi-token prediction gets the plain NLL of its labels, a scorer's nothing but zeros: what Megatron
+        makes of it is no part of the output.
+        """
         self.loss_calls += 1
+        is_mtp = self.loss_calls % (self.mtp_heads + 1) > 0
+        if is_mtp and self.takes_hidden:
+            return torch.zeros_like(labels, dtype=torch.float32)
         vocabulary = Vocabulary(
             weight=self.head_weight(),
             valid_vocab=self.valid_vocab,
             tp_group=self.pg_collection.tp,
             implementation=self.loss_implementation,
         )
-        return self.head(labels, logits, vocabulary)
+        return (Logits() if is_mtp else self.head)(labels, logits, vocabulary)
+
+    @property
+    def calls_a_pass(self) -> int:
+        """How often the hook is called in one pass of this chunk with labels."""
+        return self.mtp_heads + 1 if self.post_process else 0
+
+
+def hooked(model: GPTModel, **settings: Any) -> RemitGPTModel:
+    """The GPTModel itself, which is a RemitGPTModel from here on: same parameters, same names in a checkpoint.
+
+    settings: those of RemitGPTModel beside GPTModel's. A subclass of GPTModel keeps its own methods under the hook's.
+    Raises UserError for a model of another kind.
+    """
+    become(model, RemitGPTModel)
+    hook = cast("RemitGPTModel", model)
+    hook.take_over_loss(**settings)
+    return hook
+
+
+def become(model: Any, kind: type[GPTModel]) -> None:
+    """Give a built model another class, on top of the one it has. Raises UserError where it is no GPTModel."""
+    found = type(model)
+    if not isinstance(model, GPTModel):
+        raise UserError(f"the model must be Megatron-Core's GPTModel, got {found.__name__}")
+    model.__class__ = kind if issubclass(kind, found) else type(f"{kind.__name__}Of{found.__name__}", (kind, found), {})
 
 
 def unwrap(model: Any) -> Any:
@@ -127,8 +173,10 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def _refuse_for_sequence_chunks(config: Any) -> None:
+def _refuse_for_sequence_chunks(config: Any, mtp_heads: int) -> None:
     """Raises UserError for what a gradient formed in forward cannot serve."""
+    if mtp_heads:
+        raise UserError("multi-token prediction (mtp_num_layers) has heads of its own: it needs loss_head = 'logits'")
     if config.fp16:
         raise UserError("loss_head = 'sequence_chunks' forms gradients before the loss is scaled: fp16 needs 'logits'")
     if config.defer_embedding_wgrad_compute:

@@ -219,7 +219,7 @@ def run_model(local: LocalMicrobatch, model: Any, graph: Replayed | None = None)
     def run(tokens: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         calls = hook.loss_calls
         output: Tensor = model(tokens, position_ids, local.documents, labels=labels)
-        assert hook.loss_calls - calls == int(hook.post_process), "the loss hook must fire once a microbatch"
+        assert hook.loss_calls - calls == hook.calls_a_pass, "the loss hook must fire once a microbatch and head"
         return output
 
     masked = local.labels.masked_fill(local.loss_mask == 0, IGNORED_LABEL)

@@ -56,8 +56,6 @@ def refusals(rank: int) -> dict[str, str]:
 
     found = {}
     cases = {
-        "mtp": lambda: build(RemitGPTModel, mtp_num_layers=1),
-        "moe": lambda: build(RemitGPTModel, num_moe_experts=2, num_layers=4),
         "mean": lambda: step(build(RemitGPTModel, calculate_per_token_loss=False), NTP()),
         "plain model": lambda: step(build(GPTModel), NTP()),
         "no reference": lambda: step(build(RemitGPTModel), Remit()),
@@ -83,8 +81,6 @@ def refusals(rank: int) -> dict[str, str]:
 
 
 EXPECTED = {
-    "mtp": "multi-token prediction (mtp_num_layers) is not supported",
-    "moe": "mixture of experts (num_moe_experts) is not supported",
     "mean": "calculate_per_token_loss must be True",
     "plain model": "must be a remit_megatron.mcore.RemitGPTModel, got GPTModel",
     "no reference": "objective 'remit' needs ref_nll",
