@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import logging
 import multiprocessing
 import os
 from multiprocessing.managers import SyncManager
@@ -19,6 +20,18 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def silence_deprecation() -> None:
+    """Keep Megatron-Core 0.19 and newer from telling on every rank, at each model, that GPTModel is deprecated.
+
+    Other words of that module are heard as ever. Idempotent.
+    """
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_is_no_deprecation)
+
+
+def _is_no_deprecation(record: logging.LogRecord) -> bool:
+    return "GPTModel IS DEPRECATED" not in str(record.msg)
 
 
 def own_writer(save: Any) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The hook into Megatron-Core's loss path: a GPTModel whose loss is the sharded token NLL of this package.
+"""The hook into Megatron-Core's loss path: a language model whose loss is the sharded token NLL of this package.
 
 Megatron's own cross-entropy is left untouched and unused: it writes into float32 logits, lets padded columns into the
 softmax and gives masked labels a gradient. `compute_language_model_loss` is the one method every Megatron language
@@ -8,21 +8,22 @@ patching the symbol it uses would not reach callers that imported it earlier.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from remit_megatron.errors import UserError
+from remit_megatron.mcore import compat
 from remit_megatron.mcore.heads import Chunked, HiddenLayer, Logits, LossHead, Vocabulary
 from remit_megatron.ops.implementation import Implementation
 
 
-class RemitGPTModel(GPTModel):
-    """`GPTModel` that returns the NLL of each label, [b, s/cp] float32 in nats, when called with labels.
+class LossHook(torch.nn.Module):
+    """What makes a language model of Megatron-Core return the NLL of each label, [b, s/cp] float32 in nats.
 
-    Takes GPTModel's arguments and:
+    To be inherited before the model's class, whose arguments it takes, and:
       valid_vocab: rows of the vocabulary without padding; default: all rows of `vocab_size`. Columns past it are not
         in the softmax and get no gradient.
       scorer: a frozen model that only ever yields NLL. Its head computes logits for `head_chunk_tokens` tokens at a
@@ -35,6 +36,16 @@ class RemitGPTModel(GPTModel):
     `loss_calls` counts the hook's calls, by which a trainer proves that the loss it reports is the one it trains on.
     """
 
+    config: Any
+    decoder: Any
+    output_layer: Any
+    pg_collection: Any
+    position_embedding_type: str
+    post_process: bool
+    share_embeddings_and_output_weights: bool
+    shared_embedding_or_output_weight: Any
+    vocab_size: int
+
     def __init__(
         self,
         *args: Any,
@@ -46,13 +57,9 @@ class RemitGPTModel(GPTModel):
         **kwargs: Any,
     ):
         assert loss_head in ("logits", "sequence_chunks"), f"unknown loss_head '{loss_head}'"
+        compat.silence_deprecation()
         super().__init__(*args, **kwargs)
-        if getattr(self.config, "mtp_num_layers", None):
-            raise UserError("multi-token prediction (mtp_num_layers) is not supported: its heads share the loss hook")
-        if getattr(self.config, "num_moe_experts", None):
-            raise UserError(
-                "mixture of experts (num_moe_experts) is not supported: its auxiliary losses are untested here"
-            )
+        _refuse(self)
         self.valid_vocab: int = self.vocab_size if valid_vocab is None else valid_vocab
         self.head_chunk_tokens = head_chunk_tokens
         self.loss_implementation: Implementation = loss_implementation
@@ -74,7 +81,7 @@ class RemitGPTModel(GPTModel):
     def device_of_weights(self) -> torch.device:
         return next(self.parameters()).device
 
-    def train(self, mode: bool = True) -> "RemitGPTModel":
+    def train(self, mode: bool = True) -> Self:
         super().train(mode and not self.scorer)
         return self
 
@@ -107,11 +114,32 @@ class RemitGPTModel(GPTModel):
         return self.head(labels, logits, vocabulary)
 
 
+class RemitGPTModel(LossHook, GPTModel):
+    """`GPTModel` whose loss is the NLL of each label; see `LossHook`."""
+
+
 def unwrap(model: Any) -> Any:
-    """The model inside DistributedDataParallel and Float16Module; where there is no RemitGPTModel, the innermost."""
-    while not isinstance(model, RemitGPTModel) and hasattr(model, "module"):
+    """The model inside DistributedDataParallel and Float16Module; where there is no LossHook, the innermost."""
+    while not isinstance(model, LossHook) and hasattr(model, "module"):
         model = model.module
     return model
+
+
+def _refuse(model: Any) -> None:
+    """Raises UserError for what Megatron-Core, of any supported version, would train with another loss than ours."""
+    config = model.config
+    if getattr(config, "mtp_num_layers", None) or getattr(model, "mtp_num_depths", 0):
+        raise UserError("multi-token prediction (mtp_num_layers) is not supported: its heads share the loss hook")
+    if getattr(config, "num_moe_experts", None):
+        raise UserError("mixture of experts (num_moe_experts) is not supported: its auxiliary losses are untested here")
+    for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size"):
+        if getattr(config, name, 1) > 1:
+            raise UserError(
+                f"{name} = {getattr(config, name)} is not supported: its ranks have samples of their own, which the "
+                "step's token count and batches leave out"
+            )
+    if getattr(config, "logit_dtype", None) is not None:
+        raise UserError("logit_dtype is not supported: the loss takes logits as the head makes them; leave it unset")
 
 
 def _refuse_for_sequence_chunks(config: Any) -> None:
