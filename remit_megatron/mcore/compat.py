@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import logging
 import multiprocessing
@@ -20,6 +21,15 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def has_hybrid_model() -> bool:
+    """Whether Megatron-Core has the HybridModel that takes a pattern of layers; 0.18 and older have another one."""
+    if importlib.util.find_spec("megatron.core.models.hybrid") is None:
+        return False
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    return "hybrid_layer_pattern" in inspect.signature(HybridModel.__init__).parameters
 
 
 def silence_deprecation() -> None:
