@@ -68,7 +68,7 @@ test-newest: setup
 test-python: setup
 	OTHER_PYTHON=$(abspath $(BIN)/python) bash tests/versions/python.sh build/python "$(OTHER)" $(TESTS)
 
-# The README's table of versions, from what the two targets above and `make test` left in tests/versions/results/.
+# The README's table of versions, from what `make test` and the two targets above kept where RECORD=1 was set.
 matrix: setup
 	$(BIN)/python -m tests.versions.matrix
 
