@@ -30,10 +30,15 @@ class RemitHybridModel(LossHook, HybridModel):
     """`HybridModel` whose loss is the NLL of each label; see `LossHook`."""
 
     hybrid_layer_pattern: str
+    mtp_num_depths: int
 
     def __init__(self, *args: Any, **kwargs: Any):
         """Raises UserError where `config.num_layers` is not the pattern's: Megatron compares the two nowhere."""
         super().__init__(*args, **kwargs)
+        if self.mtp_num_depths:
+            raise UserError(
+                "multi-token prediction (/ in hybrid_layer_pattern) is not supported: its heads share the loss hook"
+            )
         found = sum(self.hybrid_layer_pattern.count(symbol) for symbol in (ATTENTION, MLP))
         if found != self.config.num_layers:
             raise UserError(

@@ -58,8 +58,8 @@ class LossHook(torch.nn.Module):
     ):
         assert loss_head in ("logits", "sequence_chunks"), f"unknown loss_head '{loss_head}'"
         compat.silence_deprecation()
+        _refuse(args[0] if args else kwargs["config"])
         super().__init__(*args, **kwargs)
-        _refuse(self)
         self.valid_vocab: int = self.vocab_size if valid_vocab is None else valid_vocab
         self.head_chunk_tokens = head_chunk_tokens
         self.loss_implementation: Implementation = loss_implementation
@@ -125,10 +125,9 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def _refuse(model: Any) -> None:
+def _refuse(config: Any) -> None:
     """Raises UserError for what Megatron-Core, of any supported version, would train with another loss than ours."""
-    config = model.config
-    if getattr(config, "mtp_num_layers", None) or getattr(model, "mtp_num_depths", 0):
+    if getattr(config, "mtp_num_layers", None):
         raise UserError("multi-token prediction (mtp_num_layers) is not supported: its heads share the loss hook")
     if getattr(config, "num_moe_experts", None):
         raise UserError("mixture of experts (num_moe_experts) is not supported: its auxiliary losses are untested here")
