@@ -56,7 +56,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 # Megatron-Core 0.19.2 under the Python at hand, beside .venv's 0.16.1.
 test-newest: setup
