@@ -7,8 +7,8 @@ RUN_STAMP := $(VENV)/.installed-train
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 NEWEST := build/newest
 
-.PHONY: setup smoke smoke-wheel test-newest test-python matrix flywheel docker-smoke test test-slow fuzz test-slurm test-image golden lint docs bench
-.PHONY: bench-gpu clean
+.PHONY: setup smoke smoke-wheel flywheel docker-smoke test test-newest test-python matrix test-slow fuzz test-slurm
+.PHONY: test-image golden lint docs bench bench-gpu clean
 
 setup: $(STAMP)
 
