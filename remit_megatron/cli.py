@@ -18,6 +18,13 @@ from remit_megatron.arguments import positive, shard
 from remit_megatron.errors import RemitError, UserError
 from remit_megatron.processes import while_read
 
+TRAIN_EXTRA = {
+    "huggingface_hub": "huggingface-hub",
+    **{name: name for name in ("matplotlib", "orjson", "pyarrow", "rich", "safetensors", "tensorboard", "tokenizers")},
+    "zstandard": "zstandard",
+}
+"""Modules of the extra `train`, which commands need and the plugin does not, and the package of each."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a RemitError into one line on stderr and its exit code."""
@@ -39,6 +46,14 @@ def _main(argv: Sequence[str] | None) -> int:
         from remit_megatron.outside import quote
 
         print(f"remit: {quote(str(error.filename))}: {error.strerror}: choose a shorter one", file=sys.stderr)
+        return UserError.exit_code
+    except ModuleNotFoundError as error:
+        package = TRAIN_EXTRA.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            remedy = "pip install 'remit-megatron[train]'"
+            print(f"remit: {package}, which this command needs, is not installed: {remedy}", file=sys.stderr)
         return UserError.exit_code
 
 

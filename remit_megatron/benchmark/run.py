@@ -93,8 +93,7 @@ def of_kept(request: Request) -> list[Request]:
             f"--kept: {run} has no checkpoint that it keeps: set checkpoint.keep_every_tokens, or make an empty file "
             "KEEP in each of checkpoints/step-N that is to stay"
         )
-    each = {"drop_export": True}
-    return [replace(request, model=str(path), output=request.output / path.name, **each) for path in found]
+    return [replace(request, model=str(path), output=request.output / path.name, drop_export=True) for path in found]
 
 
 def _run_all(

@@ -275,12 +275,20 @@ def _check_all_read(names: set[str], folder: Path) -> None:
 def load_training(folder: Path, chunks: list[Any], optimizer: Any) -> None:
     """Load weights and optimizer. Collective.
 
-    Raises RunError where the optimizer's own weights are not the model's: its states then belong to other parameters.
+    Raises RunError where the optimizer's own weights are not the model's: its states then belong to other parameters;
+    UserError where its groups of parameters are not this optimizer's.
     """
     loaded = _load(_training_state(chunks, optimizer, is_loading=True), folder)
     _restore_model(loaded, chunks)
     of_model = weights_checksum(chunks)
-    optimizer.load_state_dict(loaded["optimizer"])
+    try:
+        optimizer.load_state_dict(loaded["optimizer"])
+    except (KeyError, ValueError) as error:  # up to 0.18 a group is told by other names than later
+        raise UserError(
+            f"checkpoint {folder}: its optimizer has other groups than this one's, as changed learning rates or decay "
+            f"make them ({first_line(error)}); go on with the settings that wrote it, or start another run from its "
+            "weights with model.init"
+        ) from error
     compat.separate_steps(optimizer)
     compat.write_master_weights(chunks, optimizer)
     differs = torch.tensor([int(weights_checksum(chunks) != of_model)], device=_object_device())

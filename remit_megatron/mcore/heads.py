@@ -126,12 +126,12 @@ class Distilling:
     takes_hidden: ClassVar[bool] = False
 
     def __call__(self, labels: Tensor, x: Tensor, vocabulary: Vocabulary) -> Tensor:
-        labels, how = labels.transpose(0, 1), {"valid_vocab": vocabulary.valid_vocab, "tp_group": vocabulary.tp_group}
+        labels, rows, group = labels.transpose(0, 1), vocabulary.valid_vocab, vocabulary.tp_group
         compared = None if self.compared is None else self.compared.transpose(0, 1)
         if isinstance(self.teacher, KeptTeacher):
-            both = nll_and_kept_kl(x, labels, self.teacher, compared=compared, **how)
+            both = nll_and_kept_kl(x, labels, self.teacher, compared=compared, valid_vocab=rows, tp_group=group)
         else:
-            both = nll_and_kl(x, labels, self.teacher, compared=compared, **how)
+            both = nll_and_kl(x, labels, self.teacher, compared=compared, valid_vocab=rows, tp_group=group)
         return both.transpose(1, 2)
 
 

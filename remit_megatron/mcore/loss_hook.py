@@ -1,4 +1,4 @@
-"""The hook into Megatron-Core's loss path: a GPTModel whose loss is the sharded token NLL of this package.
+"""The hook into Megatron-Core's loss path: a language model whose loss is the sharded token NLL of this package.
 
 Megatron's own cross-entropy is left untouched and unused: it writes into float32 logits, lets padded columns into the
 softmax and gives masked labels a gradient. `compute_language_model_loss` is the one method every Megatron language
@@ -8,22 +8,23 @@ patching the symbol it uses would not reach callers that imported it earlier.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from remit_megatron.errors import UserError
+from remit_megatron.mcore import compat
 from remit_megatron.mcore.heads import Chunked, HiddenLayer, Logits, LossHead, Vocabulary
 from remit_megatron.ops.implementation import Implementation
 from remit_megatron.ops.shard import cut_again
 
 
-class RemitGPTModel(GPTModel):
-    """`GPTModel` that returns the NLL of each label, [b, s/cp] float32 in nats, when called with labels.
+class LossHook(torch.nn.Module):
+    """What makes a language model of Megatron-Core return the NLL of each label, [b, s/cp] float32 in nats.
 
-    Takes GPTModel's arguments and:
+    To be inherited before the model's class, whose arguments it takes, and:
       valid_vocab: rows of the vocabulary without padding; default: all rows of `vocab_size`. Columns past it are not
         in the softmax and get no gradient.
       scorer: a frozen model that only ever yields NLL. Its head computes logits for `head_chunk_tokens` tokens at a
@@ -36,6 +37,16 @@ class RemitGPTModel(GPTModel):
     `loss_calls` counts the hook's calls, by which a trainer proves that the loss it reports is the one it trains on.
     """
 
+    config: Any
+    decoder: Any
+    output_layer: Any
+    pg_collection: Any
+    position_embedding_type: str
+    post_process: bool
+    share_embeddings_and_output_weights: bool
+    shared_embedding_or_output_weight: Any
+    vocab_size: int
+
     def __init__(
         self,
         *args: Any,
@@ -46,6 +57,8 @@ class RemitGPTModel(GPTModel):
         loss_implementation: Implementation = "auto",
         **kwargs: Any,
     ):
+        compat.silence_deprecation()
+        _refuse(args[0] if args else kwargs["config"])
         super().__init__(*args, **kwargs)
         self.take_over_loss(
             valid_vocab=valid_vocab,
@@ -90,7 +103,7 @@ class RemitGPTModel(GPTModel):
     def device_of_weights(self) -> torch.device:
         return next(self.parameters()).device
 
-    def train(self, mode: bool = True) -> "RemitGPTModel":
+    def train(self, mode: bool = True) -> Self:
         super().train(mode and not self.scorer)
         return self
 
@@ -146,6 +159,10 @@ class RemitGPTModel(GPTModel):
         return self.mtp_heads + 1 if self.post_process else 0
 
 
+class RemitGPTModel(LossHook, GPTModel):
+    """`GPTModel` whose loss is the NLL of each label; see `LossHook`."""
+
+
 def hooked(model: GPTModel, **settings: Any) -> RemitGPTModel:
     """The GPTModel itself, which is a RemitGPTModel from here on: same parameters, same names in a checkpoint.
 
@@ -154,6 +171,7 @@ def hooked(model: GPTModel, **settings: Any) -> RemitGPTModel:
     """
     become(model, RemitGPTModel)
     hook = cast("RemitGPTModel", model)
+    _refuse(hook.config)
     hook.take_over_loss(**settings)
     return hook
 
@@ -167,10 +185,22 @@ def become(model: Any, kind: type[GPTModel]) -> None:
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside DistributedDataParallel and Float16Module; where there is no RemitGPTModel, the innermost."""
-    while not isinstance(model, RemitGPTModel) and hasattr(model, "module"):
+    """The model inside DistributedDataParallel and Float16Module; where there is no LossHook, the innermost."""
+    while not isinstance(model, LossHook) and hasattr(model, "module"):
         model = model.module
     return model
+
+
+def _refuse(config: Any) -> None:
+    """Raises UserError for what Megatron-Core, of any supported version, would train with another loss than ours."""
+    for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size"):
+        if getattr(config, name, 1) > 1:
+            raise UserError(
+                f"{name} = {getattr(config, name)} is not supported: its ranks have samples of their own, which the "
+                "step's token count and batches leave out"
+            )
+    if getattr(config, "logit_dtype", None) is not None:
+        raise UserError("logit_dtype is not supported: the loss takes logits as the head makes them; leave it unset")
 
 
 def _refuse_for_sequence_chunks(config: Any, mtp_heads: int) -> None:

@@ -18,7 +18,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.mcore.heads import Distilling, HiddenStates
-from remit_megatron.mcore.loss_hook import RemitGPTModel, unwrap
+from remit_megatron.mcore.loss_hook import LossHook, unwrap
 from remit_megatron.ops.choices import Compared
 from remit_megatron.ops.distillation import Teacher
 from remit_megatron.ops.distillation_entropy import entropy_and_top
@@ -95,7 +95,7 @@ def nll_and_kl(
 
 def teacher_of(
     reference: Sequence[Any],
-    student: RemitGPTModel,
+    student: LossHook,
     scores: Scores | None,
     *,
     temperature: float = 1.0,
@@ -230,10 +230,10 @@ def run_model(local: LocalMicrobatch, model: Any, graph: Replayed | None = None)
     return graph(run, inputs)
 
 
-def checked(model: Any, groups: Groups) -> RemitGPTModel:
-    """The RemitGPTModel in a model chunk. Raises UserError where Megatron would accept it and compute wrongly."""
+def checked(model: Any, groups: Groups) -> LossHook:
+    """The model in a chunk. Raises UserError where Megatron would accept it and compute wrongly."""
     hook = unwrap(model)
-    if not isinstance(hook, RemitGPTModel):
+    if not isinstance(hook, LossHook):
         raise UserError(f"the model must be a remit_megatron.mcore.RemitGPTModel, got {type(hook).__name__}")
     config = hook.config
     if not config.calculate_per_token_loss:

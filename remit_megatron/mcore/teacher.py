@@ -13,7 +13,7 @@ from remit_megatron.errors import UserError
 from remit_megatron.mcore import passes
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups
-from remit_megatron.mcore.loss_hook import RemitGPTModel
+from remit_megatron.mcore.loss_hook import LossHook
 from remit_megatron.objectives import Need, Objective
 from remit_megatron.objectives.needs import OF_THE_DISTRIBUTION, OF_THE_REFERENCE
 from remit_megatron.ops.distillation import Teacher
@@ -54,7 +54,7 @@ class FrozenReference:
             return self._kept(microbatches, objective)
         needs = objective.needs
         self._check_chunks(objective)
-        found: dict[str, list[Tensor]] = {}
+        found: dict[str, list[Any]] = {}
         if needs & OF_THE_DISTRIBUTION:
             hidden = passes.hidden(self.chunks, microbatches, self.groups, merge=self.merge_microbatches)
             found |= self._of_distribution(microbatches, hidden, objective)
@@ -123,7 +123,7 @@ class FrozenReference:
                 found["agrees"] = [agrees for _, agrees in both]
         return found
 
-    def teacher(self, scores: Scores | None, objective: Objective, student: RemitGPTModel) -> Teacher | KeptTeacher:
+    def teacher(self, scores: Scores | None, objective: Objective, student: LossHook) -> Teacher | KeptTeacher:
         """The distribution of the microbatch that `scores` are of, as `objective` compares it with `student`'s."""
         if scores is not None and scores.top is not None:
             return kept_teacher(scores.top, objective)
@@ -132,8 +132,9 @@ class FrozenReference:
                 f"objective '{objective.name}' needs the reference's head: give make_forward_step a reference"
             )
         how = objective.distribution
-        kind = {"temperature": how.temperature, "top_k": how.top_k, "compare": how.compare}
-        return passes.teacher_of(self.chunks, student, scores, **kind)
+        return passes.teacher_of(
+            self.chunks, student, scores, temperature=how.temperature, top_k=how.top_k, compare=how.compare
+        )
 
 
 def kept_teacher(top: TopTokens, objective: Objective) -> KeptTeacher:

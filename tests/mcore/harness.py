@@ -164,7 +164,7 @@ def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
     """Train STEPS steps. Returns steps (loss, nll, grad_norm, ...) and this rank's tokens."""
     parallel = layout.parallel
     groups = initialize_groups(parallel, seed=1)
-    build = Build(device=BUILD.device, dtype=BUILD.dtype, recompute=layout.recompute)
+    build = dataclasses.replace(BUILD, recompute=layout.recompute)
     chunks, config = build_chunks(case.student, parallel, build, max_sequence_length=SEQUENCE)
     dist_checkpoint.load_model(folder / ("tied" if case.student is TIED else "student"), chunks)
     objective = Recorder(build_objective(dict(case.objective)))

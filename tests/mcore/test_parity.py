@@ -80,10 +80,12 @@ def expected(initial: str) -> dict[str, Any]:
     return run_ranks(1, _on_first_rank, initial)[0]
 
 
-def compare(results: list[dict[str, Any]], expected: dict[str, Any], layouts: list[Layout]) -> None:
+def compare(
+    results: list[dict[str, Any]], expected: dict[str, Any], layouts: list[Layout], cases: list[Case] = CASES
+) -> None:
     problems = []
     for one in layouts:
-        for case in CASES:
+        for case in cases:
             name = f"{one.name} {case.name}"
             got = [result[name] for result in results]
             want = expected[f"one rank {case.name}"]
