@@ -68,7 +68,7 @@ def redirect() -> None:
 if __name__ == "__main__":
     script = sys.argv[1]
     sys.argv[:] = sys.argv[1:]
-    # Of Megatron-LM's checkout `megatron.training` is wanted, and not its uncompiled copy of megatron.core.
+    # Of Megatron-LM's checkout `megatron.training` is wanted, and not its copy of megatron.core, which is not compiled.
     here = str(Path(script).resolve().parent)
     sys.path = sorted([here, *sys.path[1:]], key=lambda folder: (Path(folder) / "megatron/training").is_dir())
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-LM insists on it
