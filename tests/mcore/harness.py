@@ -166,7 +166,7 @@ def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
     groups = initialize_groups(parallel, seed=1)
     build = dataclasses.replace(BUILD, recompute=layout.recompute)
     chunks, config = build_chunks(case.student, parallel, build, max_sequence_length=SEQUENCE)
-    dist_checkpoint.load_model(folder / ("tied" if case.student is TIED else "student"), chunks)
+    dist_checkpoint.load_model(folder / ("tied" if case.student == TIED else "student"), chunks)
     objective = Recorder(build_objective(dict(case.objective)))
     reference: list[Any] = []
     if objective.needs_reference and not case.top_k:
