@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field, TypeAdapter
 
 from remit_megatron.errors import UserError
-from remit_megatron.outside import quote
 from remit_megatron.objectives.needs import (
     Distribution,
     Need,
@@ -24,6 +23,7 @@ from remit_megatron.objectives.needs import (
     nearest,
 )
 from remit_megatron.objectives.settings_routed import SwitchSettings, TRKDSettings
+from remit_megatron.outside import quote
 
 OBJECTIVES = {
     "ntp": "remit_megatron.objectives.ntp:NTP",
