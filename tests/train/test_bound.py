@@ -17,7 +17,7 @@ from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta, read_meta, write_meta
 from remit_megatron.run.folder import RunFolder, settings_digest
 from tests.ranks import run_ranks
-from tests.train.runs import EOD, VOCAB, metrics, settings, train_all
+from tests.train.runs import EOD, VOCAB, make_data, metrics, settings, train_all
 
 OLDER, NEWEST = "step-00000006", "step-00000012"
 
@@ -120,6 +120,14 @@ def train_moved(rank: int, recipe: dict[str, Any]) -> tuple[int, str]:
         return train_all(rank, [recipe])[0]
     finally:
         Saver._save = save  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Datasets, and no runs of other tests."""
+    folder = tmp_path_factory.mktemp("bound")
+    make_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
