@@ -77,8 +77,8 @@ class Data(Section):
     train: tuple[Source, ...] = Field(min_length=1)
     eval: dict[str, str] = {}
     """Held-out sets: name to prefix of a .bin/.idx pair."""
-    seed: NonNegative = 1234
-    """Order of documents and samples; `seed` of the recipe is for the initial weights only."""
+    seed: NonNegative = Field(1234, lt=1 << 32)
+    """Order of documents and samples, of 32 bits; `seed` of the recipe is for the initial weights only."""
     eod_id: NonNegative | None = None
     """Token that ends a document; default: the manifest's. Needed by document centring, masks and resets."""
     document_mask: bool = False

@@ -83,7 +83,11 @@ def _inherit(go: Callable[[tuple[str, range]], list[Outcome]]) -> None:
 
 
 def _share(share: tuple[str, range]) -> list[Outcome]:
-    return _go(share)
+    outcomes = _go(share)
+    for outcome in outcomes:
+        if outcome.wrong:
+            print(f"{outcome.target}, seed {outcome.seed}: {outcome.wrong}", file=sys.stderr, flush=True)
+    return outcomes
 
 
 def report(outcomes: list[Outcome]) -> str:

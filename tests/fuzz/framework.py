@@ -142,7 +142,7 @@ def _contents(target: Target, folder: Path) -> dict[str, bytes]:
 
 def _command(target: Target, folder: Path) -> tuple[int, str]:
     """(exit code, stderr) of the command in a fork of this process, which has imported what it needs."""
-    said = folder.with_suffix(".said")
+    said = folder.with_name(f"{folder.name}.said")
     pid = os.fork()
     if pid == 0:
         code = 70
