@@ -126,7 +126,8 @@ class Distilling:
     takes_hidden: ClassVar[bool] = False
 
     def __call__(self, labels: Tensor, x: Tensor, vocabulary: Vocabulary) -> Tensor:
-        labels, how = labels.transpose(0, 1), {"valid_vocab": vocabulary.valid_vocab, "tp_group": vocabulary.tp_group}
+        how: dict[str, Any] = {"valid_vocab": vocabulary.valid_vocab, "tp_group": vocabulary.tp_group}
+        labels = labels.transpose(0, 1)
         compared = None if self.compared is None else self.compared.transpose(0, 1)
         if isinstance(self.teacher, KeptTeacher):
             both = nll_and_kept_kl(x, labels, self.teacher, compared=compared, **how)

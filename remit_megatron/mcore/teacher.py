@@ -50,7 +50,7 @@ class FrozenReference:
             return self._kept(microbatches, objective)
         needs = objective.needs
         self._check_chunks(objective)
-        found: dict[str, list[Tensor]] = {}
+        found: dict[str, list[Any]] = {}
         if needs & OF_THE_DISTRIBUTION:
             hidden = passes.hidden(self.chunks, microbatches, self.groups, merge=self.merge_microbatches)
             found |= self._of_distribution(microbatches, hidden, objective)

@@ -143,8 +143,8 @@ def first_difference(found: CacheManifest, wanted: CacheManifest) -> tuple[str, 
 
 def _other_distribution(found: KeptDistribution | None, wanted: KeptDistribution | None) -> tuple[str, Any, Any] | None:
     if found is None or wanted is None:
-        sides = [one.top_k if one is not None else 0 for one in (found, wanted)]
-        return ("reference.distribution", *sides) if found != wanted else None
+        a, b = (one.top_k if one is not None else 0 for one in (found, wanted))
+        return ("reference.distribution", a, b) if found != wanted else None
     for name, words in (
         ("top_k", "reference.distribution"),
         ("temperature", "the temperature of the distribution and its entropy (objective.temperature)"),
