@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from remit_megatron.cli import build_parser
 from remit_megatron.config import parse_recipe
 from remit_megatron.data.microbatch import Scores
 from remit_megatron.errors import UserError
@@ -30,7 +29,6 @@ from remit_megatron.scores.record import (
     unpack_planes,
 )
 from tests.ranks import run_ranks
-from tests.test_docs import commands
 from tests.train.runs import SAMPLES, SEQUENCE, VOCAB, metrics, remit, train_all
 
 STEPS = 2
@@ -233,18 +231,6 @@ def test_each_misfit_is_refused_by_name(folder: Path, outcomes: dict[str, tuple[
         assert code == 2, text
         assert message in text
     assert not (folder / "kept refused").exists(), "a refused run wrote something"
-
-
-def test_commands_of_the_page() -> None:
-    """Each `remit` line of docs/objectives.md is one that the program has, and both of kept distributions belong
-    together."""
-    lines = [words for words in commands("docs/objectives.md") if words[0] == ".venv/bin/remit"]
-    parsed = [build_parser().parse_args(words[1:]) for words in lines]
-    (made,) = (one for one in parsed if getattr(one, "distribution", None))
-    assert made.output == "scores/top64"
-    assert ["reference.scores=scores/top64", f"reference.distribution={made.distribution}"] in [
-        getattr(one, "overrides", None) for one in parsed
-    ]
 
 
 def test_recipes_that_cannot_be(tmp_path: Path) -> None:
