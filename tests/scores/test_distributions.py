@@ -135,10 +135,12 @@ def lines(folder: Path, run: str) -> list[dict[str, Any]]:
     return metrics(folder, f"kept {run}")
 
 
+@pytest.mark.slow
 def test_runs_end_well(outcomes: dict[str, tuple[int, str]]) -> None:
     assert outcomes == dict.fromkeys(outcomes, (0, ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_disk_is_online(folder: Path, outcomes: dict[str, tuple[int, str]], name: str) -> None:
     """Where all tokens are kept: as whole up to the quanta of log-probabilities, which err by 2.5e-4 nat at most, times
@@ -150,10 +152,12 @@ def test_disk_is_online(folder: Path, outcomes: dict[str, tuple[int, str]], name
             assert got.get(exact) == pytest.approx(want.get(exact), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_kept_online_is_disk_bit_for_bit(folder: Path, outcomes: dict[str, tuple[int, str]]) -> None:
     assert lines(folder, "switch tp2 disk") == lines(folder, "switch tp2 online kept")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["pp2", "cp2"])
 def test_other_layouts(folder: Path, outcomes: dict[str, tuple[int, str]], layout: str) -> None:
     """Made on two tensor-parallel ranks, read in another layout; as online there."""
@@ -162,16 +166,19 @@ def test_other_layouts(folder: Path, outcomes: dict[str, tuple[int, str]], layou
         assert got == pytest.approx(want, rel=1e-3, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_few_tokens_are_a_lower_bound(folder: Path, outcomes: dict[str, tuple[int, str]]) -> None:
     few, whole = lines(folder, "forward few")[0], lines(folder, "forward tp2 disk")[0]
     assert few["nll"] == whole["nll"]
     assert 0.5 * whole["kl"] < few["kl"] < 0.999 * whole["kl"]
 
 
+@pytest.mark.slow
 def test_remit_reads_the_labels_scores(folder: Path, outcomes: dict[str, tuple[int, str]]) -> None:
     assert lines(folder, "remit few") == lines(folder, "remit labels")
 
 
+@pytest.mark.slow
 def test_written_and_beside_the_run(folder: Path, outcomes: dict[str, tuple[int, str]]) -> None:
     """Whoever makes what is kept: the same run, bit for bit; also where no scorer comes."""
     want = lines(folder, "switch online few")
@@ -183,6 +190,7 @@ def test_written_and_beside_the_run(folder: Path, outcomes: dict[str, tuple[int,
     assert not ScoreCache(folder / "written", CacheManifest.read(folder / "written", "x")).missing()
 
 
+@pytest.mark.slow
 def test_bytes_a_token(folder: Path, outcomes: dict[str, tuple[int, str]]) -> None:
     for name, top_k in (("whole", VOCAB), ("few", 9)):
         manifest = CacheManifest.read(folder / name, "x")
@@ -191,6 +199,7 @@ def test_bytes_a_token(folder: Path, outcomes: dict[str, tuple[int, str]]) -> No
         assert sum(sizes) == STEPS * SAMPLES * SEQUENCE * (10 + 4 * top_k)
 
 
+@pytest.mark.slow
 def test_each_misfit_is_refused_by_name(folder: Path, outcomes: dict[str, tuple[int, str]]) -> None:
     damaged = folder / "damaged"
     shutil.copytree(folder / "whole", damaged)
