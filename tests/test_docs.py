@@ -227,6 +227,15 @@ def test_commands_of_the_clusters_page() -> None:
         build_parser().parse_args(words[1:])
 
 
+def test_commands_of_the_objectives_page() -> None:
+    """Each is one that the program has, and both of kept distributions belong together."""
+    lines = [words for words in commands("docs/objectives.md") if words[0] == ".venv/bin/remit"]
+    parsed = [build_parser().parse_args(words[1:]) for words in lines]
+    (made,) = (one for one in parsed if getattr(one, "distribution", None))
+    wanted = [f"reference.scores={made.output}", f"reference.distribution={made.distribution}"]
+    assert wanted in [getattr(one, "overrides", None) for one in parsed]
+
+
 def test_makefile_has_the_targets_of_the_readme() -> None:
     targets = {words[1] for words in commands("README.md") if words[0] == "make"}
     assert targets == {
