@@ -74,8 +74,8 @@ def test_commands_of_the_page(
             assert main([*words[1:], *([] if "--on" in words else few)]) == 0
             said[f"{words[2]} of the copy"] = capsys.readouterr().out
     assert said["status of the copy"] == said["status"], "a wheel is known by its content, wherever its file lies"
-    # Without the overrides every stage is another but for the benchmark of the base.
-    assert said["run of the copy"].count("\n#SBATCH --partition=gpu\n") == 24
+    # Without the overrides every stage is another, with a benchmark after each and of the base.
+    assert said["run of the copy"].count("\n#SBATCH --partition=gpu\n") == 25
     page = (tmp_path / "runs/flywheel/wheel/report.html").read_text()
     for title in ("SFT: training loss", "DPO: training loss", "RL: verifiable correct rate", "RL: response length"):
         assert f">{title}</text>" in page

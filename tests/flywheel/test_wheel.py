@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from remit_megatron.data.files import locked
 from remit_megatron.errors import RunError, UserError
 from remit_megatron.flywheel.config import load_wheel
-from remit_megatron.flywheel.places import run_only
+from remit_megatron.flywheel.places import run_at, run_only
 from remit_megatron.flywheel.run import run_wheel
 from remit_megatron.flywheel.state import lock_of
 from remit_megatron.hf import tokenizer
@@ -311,6 +312,30 @@ def test_distance_to_the_rl_model(copied: Copied) -> None:
     assert "KL to r0-rl, over tokens" in page
     assert f"r0-mid (mean {mean:.3g})" in page
     assert "Accuracy after each stage" not in page, "it is no accuracy"
+
+
+def test_in_containers(copied: Copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine is given runs the stage: a program in the engine's place does it here, without a container."""
+    root = copied()
+    file, stand_in = change(root, "rl", seed=7), tmp_path / "bin" / "docker"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        f"#!{sys.executable}\nimport os, sys\nwords = sys.argv[1:]\n"
+        f"open({str(tmp_path / 'called')!r}, 'a').write(chr(10).join(words) + chr(10))\n"
+        f"line = {wheels.command(file, '')[:-2]!r} + words[words.index('remit') + 2 :]\n"
+        "os.execv(line[0], line)\n"
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(wheels.ROOT))
+    assert run_at(file, load_wheel(file), overrides=["rl.keep=[0.5]"], target="docker", until="r0-rl") == 0
+    assert words(file)["r0-rl"] == "done"
+    called = (tmp_path / "called").read_text().splitlines()
+    assert called[:2] == ["run", "--rm"]
+    assert f"--volume={root / 'wheel'}:{root / 'wheel'}" in called
+    folder = wheels.nodes(file)["r0-rl"].folder.name
+    line = ["remit", "flywheel", "run", str(file), "--only", folder, "--set", "rl.keep=[0.5]"]
+    assert called[called.index("remit") :] == line, "one container: the other stages are done"
 
 
 def test_report(finished: Path, tmp_path: Path) -> None:
