@@ -16,7 +16,7 @@ from remit_megatron.data.manifest import Manifest
 from remit_megatron.errors import DamagedError
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta, read_meta, write_meta
 from tests.ranks import run_ranks
-from tests.train.runs import EOD, VOCAB, metrics, settings, train_all
+from tests.train.runs import EOD, VOCAB, make_data, metrics, settings, train_all
 
 OLDER, NEWEST = "step-00000006", "step-00000012"
 
@@ -123,6 +123,14 @@ def train_on(rank: int, folder: Path) -> dict[str, tuple[int, str]]:
     recipes["free keys"]["optimizer"]["max_bad_steps"] = 9
     recipes["free keys"]["compute"]["precision"] = "fp32"
     return dict(zip(recipes, train_all(rank, list(recipes.values())), strict=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Datasets, and no runs of other tests."""
+    folder = tmp_path_factory.mktemp("bound")
+    make_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
