@@ -101,8 +101,9 @@ class FrozenReference:
                 f"objective '{objective.name}' needs the reference's head: give make_forward_step a reference"
             )
         how = objective.distribution
-        kind = {"temperature": how.temperature, "top_k": how.top_k, "compare": how.compare}
-        return passes.teacher_of(self.chunks, student, scores, **kind)
+        return passes.teacher_of(
+            self.chunks, student, scores, temperature=how.temperature, top_k=how.top_k, compare=how.compare
+        )
 
 
 def has_scores(microbatch: Microbatch, objective: Objective) -> bool:
