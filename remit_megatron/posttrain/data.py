@@ -84,7 +84,7 @@ def _lines(path: str) -> Iterator[bytes]:
 
 
 def _frames(path: str) -> Iterator[bytes]:
-    """The library's own stream reader ends in silence after the first frame, and inside one that is cut."""
+    """The library's own stream reader ends in silence inside a frame that is cut."""
     import zstandard
 
     decompressor, frame = zstandard.ZstdDecompressor(max_window_size=1 << 31), None
