@@ -169,9 +169,27 @@ def test_forms_of_preferences() -> None:
 @pytest.mark.parametrize("ending", [".jsonl.zst", ".jsonl.zstd", ".JSONL.GZ"])
 def test_archives_of_rows(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows{ending}"
-    text = b'{"prompt": "2+3"}\n'
-    path.write_bytes(gzip.compress(text) if ending.endswith("GZ") else zstandard.compress(text))
-    assert [row for _, row in data.read_rows(str(path))] == [{"prompt": "2+3"}]
+    pack = gzip.compress if ending.endswith("GZ") else zstandard.compress
+    parts = [pack(b'{"prompt": "%d"}\n' % i * 40) for i in range(3)]  # as archives that were joined
+    path.write_bytes(b"".join(parts))
+    assert [row["prompt"] for _, row in data.read_rows(str(path))] == [str(i) for i in range(3) for _ in range(40)]
+    path.write_bytes(b"".join(parts)[:-5])
+    with pytest.raises(UserError, match=r"row \d+: cannot be read: "):
+        list(data.read_rows(str(path)))
+    path.write_bytes(parts[0][:6] + b"\xff" * 40)
+    with pytest.raises(UserError, match=r"row 1: cannot be read: "):
+        list(data.read_rows(str(path)))
+
+
+def test_rows_of_an_editor_and_the_row_that_is_broken(tmp_path: Path) -> None:
+    """A byte order mark is none of the text; the row named is the one that cannot be read."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    assert [row["prompt"] for _, row in data.read_rows(str(path))] == ["a", "b"]
+    for broken, number in ((b"{", 2), (b"\xff", 2), (b"[1]", 2)):
+        path.write_bytes(b'{"prompt": "a"}\n' + broken + b"\n")
+        with pytest.raises(UserError, match=rf"row {number}: "):
+            list(data.read_rows(str(path)))
 
 
 def test_open_instruct_rows() -> None:
