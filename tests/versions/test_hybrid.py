@@ -7,30 +7,39 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from remit_megatron.config import Parallel
+from remit_megatron.config import Optimizer, Parallel, Schedule
 from remit_megatron.errors import UserError
-from remit_megatron.mcore import compat, dist_checkpoint
+from remit_megatron.mcore import compat, dist_checkpoint, optim
 from remit_megatron.mcore.groups import destroy_groups, initialize_groups
 from remit_megatron.mcore.loss_hook import unwrap
 from remit_megatron.mcore.model import build_chunks
+from remit_megatron.mcore.passes import run_schedule
 from remit_megatron.mcore.platform import activate
+from remit_megatron.mcore.step import make_forward_step
+from remit_megatron.objectives import NTP
 from remit_megatron.shape import Latent
+from remit_megatron.train.metrics import read, reduce_reports
 from tests.mcore.harness import (
     BUILD,
     REFERENCE,
+    SAMPLES,
     SEQUENCE,
     STUDENT,
     TIED,
     Case,
     Layout,
+    global_batches,
+    local_microbatches,
     on_rank,
     randomise,
     save_initial,
 )
-from tests.mcore.test_parity import compare, layout
+from tests.mcore.test_parity import RTOL, compare, layout
 from tests.ranks import run_ranks
 
 HYBRID = dataclasses.replace(BUILD, stack="hybrid")
@@ -48,6 +57,10 @@ TWO = [
     layout("PP2xVPP2", pipeline=2, virtual_pipeline=2),
     layout("CP2", context=2),
     layout("DP2 distributed optimizer", distributed_optimizer=True),
+]
+STATES = [
+    layout("DP2 distributed optimizer", distributed_optimizer=True),
+    layout("PP2 distributed optimizer", pipeline=2, distributed_optimizer=True),
 ]
 FAMILIES = {
     "per-head norms": STUDENT.model_copy(update={"qk_norm": "per_head"}),
@@ -106,12 +119,12 @@ def round_trips(rank: int, folder: Path) -> dict[str, Any]:
         for stack, build in {"gpt": BUILD, "hybrid": HYBRID, "gpt again": BUILD}.items():
             models[stack], _ = build_chunks(shape, Parallel(), build, max_sequence_length=SEQUENCE)
         randomise(models["gpt"])
-        for written, read in (("gpt", "hybrid"), ("hybrid", "gpt again")):
+        for written, reader in (("gpt", "hybrid"), ("hybrid", "gpt again")):
             (folder / f"{name} {written}").mkdir()
             dist_checkpoint.save(folder / f"{name} {written}", models[written], None)
-            before = dist_checkpoint.first_rows(models[read])
-            dist_checkpoint.load_model(folder / f"{name} {written}", models[read])
-            found[f"{name} unread by {read}"] = dist_checkpoint.unchanged_matrices(models[read], before)
+            before = dist_checkpoint.first_rows(models[reader])
+            dist_checkpoint.load_model(folder / f"{name} {written}", models[reader])
+            found[f"{name} unread by {reader}"] = dist_checkpoint.unchanged_matrices(models[reader], before)
         with torch.no_grad():
             logits = [unwrap(chunk)(tokens, tokens * 0 + torch.arange(SEQUENCE), None) for (chunk,) in models.values()]
         found[f"{name} logits"] = [torch.equal(one, logits[0]) for one in logits]
@@ -127,6 +140,67 @@ def test_checkpoints_of_every_family(tmp_path: Path) -> None:
         assert found[f"{name} logits"] == [True, True, True], name
         assert found[f"{name} unread by hybrid"] == found[f"{name} unread by gpt again"] == []
         assert min(found[f"{name} spread"]) > 0.3, "logits without spread would hide an error"
+
+
+def train_on(stack: str, one: Layout, numbers: list[int], source: Path | None, target: Path) -> list[dict[str, Any]]:
+    """Loss, gradient norm of the steps of these numbers, from a training state (or random weights) and into another."""
+    parallel, build = one.parallel, BUILD if stack == "gpt" else HYBRID
+    groups = initialize_groups(parallel, seed=1)
+    chunks, config = build_chunks(TIED, parallel, build, max_sequence_length=SEQUENCE)
+    if source is None:
+        randomise(chunks)
+    chunks = optim.wrap_ddp(chunks, config, parallel)
+    schedule = Schedule(train_tokens=10 * SAMPLES * SEQUENCE)
+    settings = Optimizer(peak_lr=1e-2, min_lr=1e-3)
+    optimizer, scheduler = optim.build_optimizer(chunks, settings, schedule, parallel, build.dtype)
+    if source is not None:
+        dist_checkpoint.load_training(source, chunks, optimizer)
+    objective, lines = NTP(), list[dict[str, Any]]()
+    step, batches = make_forward_step(objective, groups=groups), global_batches()
+    for number in numbers:
+        optim.advance(scheduler, (number + 1) * SAMPLES * SEQUENCE)
+        optim.zero_grads(chunks, optimizer)
+        mine = local_microbatches(batches[number], groups.dp.rank(), groups.dp.size(), False)
+        reports = run_schedule(step, mine, chunks, forward_only=False)
+        ratios, _ = reduce_reports(reports, groups.counts_loss, [], BUILD.device, declared=objective.metrics)
+        lines.append({**read(ratios), "grad_norm": optim.optimizer_step(optimizer, 1.0)[1]})
+    if dist.get_rank() == 0:
+        target.mkdir()
+    dist.barrier()
+    dist_checkpoint.save(target, chunks, optimizer)
+    destroy_groups()
+    return lines
+
+
+def handed_over(rank: int, folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
+    """In each layout: two steps by either class after two of GPTModel's, and two after HybridModel's."""
+    activate("cpu")
+    found = {}
+    for one in STATES:
+        place = folder / one.name
+        train_on("gpt", one, [0, 1], None, place.with_suffix(".gpt"))
+        lines = [
+            train_on(stack, one, [2, 0], place.with_suffix(".gpt"), place.with_suffix(f".{stack}2"))
+            for stack in ("gpt", "hybrid")
+        ]
+        lines += [
+            train_on(stack, one, [1, 2], place.with_suffix(".hybrid2"), place.with_suffix(f".{stack}3"))
+            for stack in ("gpt", "hybrid")
+        ]
+        found[one.name] = lines
+    return found
+
+
+@needs_hybrid
+def test_a_training_state_goes_on_in_the_other_class(tmp_path: Path) -> None:
+    """Moments included: with lost ones the step after a load is a first one, and the loss after it another."""
+    for found in run_ranks(2, handed_over, tmp_path):
+        for name, (gpt, hybrid, gpt_back, hybrid_on) in found.items():
+            for want, got in ((gpt, hybrid), (hybrid_on, gpt_back)):
+                for a, b in zip(want, got, strict=True):
+                    assert a.keys() == b.keys()
+                    for key in a:
+                        assert np.isclose(a[key], b[key], rtol=RTOL), f"{name} {key}: {b[key]} for {a[key]}"
 
 
 def fresh(rank: int) -> dict[str, Any]:

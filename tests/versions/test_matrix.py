@@ -5,4 +5,3 @@ from tests.versions.matrix import README, table
 
 def test_readme_has_the_table() -> None:
     assert table() in README.read_text(), "make matrix"
-    assert len(table().splitlines()) >= 4
