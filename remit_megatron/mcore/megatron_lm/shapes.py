@@ -33,7 +33,7 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "experimental_attention_variant": (None, "its attention is {} (--experimental-attention-variant)"),
     "heterogeneous_layers_config_path": (None, "its layers differ (--heterogeneous-layers-config-path)"),
     "window_size": (None, "its attention has a window (--window-size)"),
-    "softmax_type": ("vanilla-softmax", "its attention's softmax is {} (--softmax-type)"),
+    "softmax_type": ("vanilla", "its attention's softmax is {} (--softmax-type)"),
     "is_hybrid_model": (False, "it is a hybrid model (--is-hybrid-model)"),
 }
 """Arguments that must have one value in a model that this package builds, and what another one means. One that a
