@@ -24,6 +24,7 @@ FEW = {
     "rl.max_completion_tokens": "8",
     "rl.must_stop": "false",
     "rl.keep": "[0.5]",
+    "benchmarks.held_out.after": '["rl"]',
 }
 
 
@@ -62,7 +63,7 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
     for title in ("SFT: training loss", "DPO: training loss", "RL: verifiable correct rate", "RL: response length"):
         assert f">{title}</text>" in page
     names = ["r0-mid", "r0-sft", "r0-dpo", "r0-rl", "r1-remit-mid", "r1-remit-sft", "r1-remit-dpo", "r1-remit-rl"]
-    for name in [*names, "r2-remit-mid", "r2-remit-mid-held_out"]:
+    for name in [*names, "r2-remit-mid", "r1-remit-rl-held_out"]:
         assert re.search(rf"^{name} +done ", said["status"], re.MULTILINE), said["status"]
 
 
