@@ -64,6 +64,17 @@ def redirect() -> None:
     compiled: Any = datasets
     compiled.compile_helpers = kernels.load = initialize._warmup_jit_function = _nothing
 
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    complete = ModelParallelConfig.__post_init__
+
+    def keep_outputs(config: Any) -> None:
+        complete(config)
+        config.deallocate_pipeline_outputs = False  # on gloo a freed output races with the send that still reads it
+
+    parallel: Any = ModelParallelConfig
+    parallel.__post_init__ = keep_outputs
+
 
 if __name__ == "__main__":
     script = sys.argv[1]

@@ -11,7 +11,13 @@ SHAPE_ARGUMENTS = (
     *("group_query_attention", "kv_channels", "position_embedding_type", "rotary_base", "rotary_percent"),
     *("rotary_interleaved", "use_rope_scaling", "rope_scaling_factor", "no_rope_freq", "add_bias_linear"),
     *("add_qkv_bias", "qk_layernorm", "swiglu", "squared_relu", "normalization", "layernorm_epsilon", "norm_epsilon"),
-    *("untie_embeddings_and_output_weights", "apply_layernorm_1p", "multi_latent_attention", "q_lora_rank"),
+    *(
+        "untie_embeddings_and_output_weights",
+        "apply_layernorm_1p",
+        "layernorm_zero_centered_gamma",
+        "multi_latent_attention",
+        "q_lora_rank",
+    ),
     *("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "max_position_embeddings"),
     *("num_experts", "mtp_num_layers"),
 )
@@ -24,6 +30,8 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "rotary_interleaved": (False, "its rotation is interleaved (--rotary-interleaved)"),
     "swiglu": (True, "its MLP is not SwiGLU (--swiglu is off)"),
     "apply_layernorm_1p": (False, "its norms' weights are stored minus one (--apply-layernorm-1p)"),
+    "layernorm_zero_centered_gamma": (False, "its norms' weights are stored minus one (--apply-layernorm-1p)"),
+    "rotary_seq_len_interpolation_factor": (None, "its positions are interpolated"),
     "no_rope_freq": (None, "some layers go without positions (--no-rope-freq)"),
     "num_experts": (None, "it is a mixture of experts (--num-experts)"),
     "mtp_num_layers": (None, "it predicts several tokens (--mtp-num-layers)"),
@@ -33,7 +41,7 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "experimental_attention_variant": (None, "its attention is {} (--experimental-attention-variant)"),
     "heterogeneous_layers_config_path": (None, "its layers differ (--heterogeneous-layers-config-path)"),
     "window_size": (None, "its attention has a window (--window-size)"),
-    "softmax_type": ("vanilla-softmax", "its attention's softmax is {} (--softmax-type)"),
+    "softmax_type": ("vanilla", "its attention's softmax is {} (--softmax-type)"),
     "is_hybrid_model": (False, "it is a hybrid model (--is-hybrid-model)"),
 }
 """Arguments that must have one value in a model that this package builds, and what another one means. One that a
