@@ -17,15 +17,16 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/remit_megatron
 # First what changes seldom. The stamp is the Makefile's: its targets find the environment made.
-COPY pyproject.toml ./
+COPY pyproject.toml constraints.txt ./
 RUN "$(command -v python3.11 || command -v python3)" -m venv .venv \
     && .venv/bin/python -c "import tomllib; \
-        print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*project['dependencies'], *project['optional-dependencies']['train'], sep='\n')" \
         > /tmp/requirements.txt \
-    && .venv/bin/pip install --no-cache-dir -r /tmp/requirements.txt \
+    && .venv/bin/pip install --no-cache-dir -c constraints.txt -r /tmp/requirements.txt \
     && rm /tmp/requirements.txt
 COPY . ./
-RUN .venv/bin/pip install --no-cache-dir --no-deps --editable . && touch .venv/.installed
+RUN .venv/bin/pip install --no-cache-dir --no-deps --editable . && touch .venv/.installed-train
 ENV PATH=/opt/remit_megatron/.venv/bin:$PATH
 CMD ["make", "smoke"]
 
@@ -34,10 +35,11 @@ ARG PIP_CERT
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/remit_megatron
 COPY pyproject.toml ./
-# torch, Triton and NumPy stay the base image's: its other packages are built against them.
+# torch and NumPy stay the base image's: its other packages are built against them.
 RUN python -c "import re, tomllib; \
-        needed = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
-        kept = ('torch', 'triton', 'numpy'); \
+        project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        needed = project['dependencies'] + project['optional-dependencies']['train']; \
+        kept = ('torch', 'numpy'); \
         print(*(d for d in needed if re.split('[^a-z]', d)[0] not in kept), sep='\n')" \
         > /tmp/requirements.txt \
     && pip install --no-cache-dir -r /tmp/requirements.txt \

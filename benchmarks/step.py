@@ -15,6 +15,9 @@ forward and a backward of twice its cost. Times are noisy on a shared machine; t
     remit-queued  scores come from a process that scores beside this one (CPU only)
     rho1          scored as remit; the top 0.8 of each sample's tokens
     kd            the reference's distribution over the whole vocabulary
+    kd-kept       64 tokens of it and the rest as one, as from a cache; their reading counts too
+    switch        scored as kd; the tokens of the lowest fifth of entropy learn it, the others their labels
+    switch-kept   the same from 64 tokens of it
 
 On a CPU the processor time of each step is kept beside its wall time: it hardly moves with what else a machine does.
 It is the sum over the data-parallel ranks of --trainers. The scorer of remit-queued can be given the load of more
@@ -40,6 +43,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from benchmarks.step_figures import CPU_LIMITS, LIMITS, Times, figures, spread, verdict
+from benchmarks.step_kept import kept_rows, with_kept
 from benchmarks.step_scorer import Queue, own_part, random_batches
 from remit_megatron import flops
 from remit_megatron.config import Optimizer, Parallel, Schedule
@@ -47,14 +51,17 @@ from remit_megatron.data.microbatch import Scores
 from remit_megatron.device import resolve_device
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import compat, platform
-from remit_megatron.objectives import KD, NTP, Remit, Rho1
+from remit_megatron.objectives import KD, NTP, Remit, Rho1, Switch
 from remit_megatron.shape import ModelShape
 
-ARMS = ("ntp", "remit", "remit-fp8", "remit-graph", "remit-scores", "remit-queued", "rho1", "kd")
-CPU_ARMS = ("ntp", "remit", "remit-scores", "remit-queued", "rho1", "kd")
-CUDA_ARMS = ("ntp", "remit", "remit-fp8", "remit-scores", "rho1", "kd")
-SCORED = ("remit", "remit-fp8", "remit-graph", "rho1", "kd")
+DISTILLING = ("kd", "kd-kept", "switch", "switch-kept")
+ARMS = ("ntp", "remit", "remit-fp8", "remit-graph", "remit-scores", "remit-queued", "rho1", *DISTILLING)
+CPU_ARMS = ("ntp", "remit", "remit-scores", "remit-queued", "rho1", *DISTILLING)
+CUDA_ARMS = ("ntp", "remit", "remit-fp8", "remit-scores", "rho1", *DISTILLING)
+SCORED = ("remit", "remit-fp8", "remit-graph", "rho1", "kd", "switch")
 """Arms that run the reference."""
+KEPT = ("kd-kept", "switch-kept")
+"""Arms whose distributions are read."""
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "shape": ModelShape(
@@ -141,10 +148,10 @@ class Bench:
         if set(SCORED) & set(arms):
             reference, _ = build_chunks(setting["shape"], Parallel(), build, max_sequence_length=length, scorer=True)
         self.products = fp8.quantise(reference, device, dtype) if "remit-fp8" in arms else []
-        objectives: dict[str, Any] = {"ntp": NTP(), "rho1": Rho1(), "kd": KD()}
+        objectives: dict[str, Any] = {"ntp": NTP(), "rho1": Rho1(), "kd": KD(), "switch": Switch()}
         self.arms = {
             arm: make_forward_step(
-                objectives.get(arm, Remit()),
+                objectives.get(arm.removesuffix("-kept"), Remit()),
                 reference,
                 groups=self.groups,
                 graph=Replayed() if arm == "remit-graph" else None,
@@ -168,6 +175,7 @@ class Bench:
         forward_step = self.arms[arm]
         if arm == "remit-scores":
             batches = [one.with_scores(Scores(ref_nll=torch.rand_like(one.loss_mask) * 12)) for one in batches]
+        rows = kept_rows(self.setting, batches) if arm in KEPT else []
         if dist.get_world_size() > 1:
             dist.barrier()
         started = self._mark()
@@ -175,11 +183,14 @@ class Bench:
         score = 0.0, 0.0
         if arm == "remit-queued" and self.queue:
             batches = self.queue.fill(batches)
+        if arm in KEPT:
+            batches = with_kept(batches, rows)
         if arm in SCORED:
             begun = self._mark()
             with contextlib.nullcontext() if arm == "remit-fp8" else fp8.disabled(self.products):
                 batches = forward_step.scored(batches)
             score = _seconds(begun, self._mark())
+        batches = forward_step.selected(batches, self.chunks)
         run_schedule(forward_step, batches, self.chunks, forward_only=False)
         optim.optimizer_step(self.optimizer, 1.0)
         return self._of_all(Times(*_seconds(started, self._mark()), *score))

@@ -15,6 +15,9 @@ CPU_LIMITS: dict[str, tuple[str, float | None, float]] = {
     "remit over ntp": ("<=", 1.45, 1.33),
     "remit-scores over ntp": ("<=", 1.03, 1.00),
     "remit-queued over ntp": ("<=", 1.03, 1.00),
+    "kd-kept over ntp": ("<=", 1.06, 1.03),
+    "switch-kept over ntp": ("<=", 1.06, 1.03),
+    "switch over ntp": ("<=", 1.33, 1.33),
     "scoring rate over ntp": (">=", 2.5, 3.0),
 }
 """Of the shape small on a CPU, by processor time."""

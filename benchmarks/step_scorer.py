@@ -68,10 +68,11 @@ def random_batches(setting: dict[str, Any], device: torch.device, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     shape = (setting["microbatch_samples"], setting["sequence_length"] + 1)
     batches = []
-    for _ in range(setting["num_microbatches"] * setting["scored_trainers"]):
+    for number in range(setting["num_microbatches"] * setting["scored_trainers"]):
         text = torch.randint(setting["shape"].vocab_size, shape, generator=generator)
         tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-        one = Microbatch(tokens=tokens, labels=labels, loss_mask=torch.ones(shape[0], shape[1] - 1))
+        ids = number * shape[0] + torch.arange(shape[0])
+        one = Microbatch(tokens=tokens, labels=labels, loss_mask=torch.ones(shape[0], shape[1] - 1), sample_id=ids)
         batches.append(one.to(device))
     return batches
 

@@ -16,7 +16,11 @@ SUFFIXES = {
     ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
 """Endings that are read, and what a file with them is."""
-CARDS = ("README.md", "README.txt", "LICENSE", "LICENSE.md", "LICENSE.txt", "dataset_infos.json", "dataset_info.json")
+PACKED = (".gz", ".zst", ".zstd")
+CARDS = (
+    *("README.md", "README.txt", "LICENSE", "LICENSE.md", "LICENSE.txt", "dataset_infos.json", "dataset_info.json"),
+    *("_SUCCESS", "_metadata", "_common_metadata", "MD5SUMS", "SHA256SUMS", "md5sums.txt", "sha256sums.txt"),
+)
 """What describes a dataset in its folder: no input where the folder holds data of another kind than plain text."""
 OUR_SUFFIXES = (".manifest.json", ".bad.jsonl", ".select.json", ".bin", ".idx")
 
@@ -47,11 +51,12 @@ class Entry:
 def walk(root: Path) -> list[Entry]:
     """Everything below a folder, sorted by path; links are followed. Raises UserError for what cannot be looked at.
 
-    A folder that two links lead to is refused, because its documents would count twice.
+    What would count twice is refused: a folder that two links lead to, a file beside its own archive.
     """
     seen: dict[tuple[int, int], Path] = {}
     entries = sorted(_walk(root, (), seen), key=lambda entry: entry.path)
     read = [entry for entry in entries if entry.left_out is None]
+    _refuse_packed_twice(read)
     plain = all(_is_text(entry) for entry in read if entry.path.name not in CARDS)
     return [
         Entry(e.path, CARD)
@@ -59,6 +64,17 @@ def walk(root: Path) -> list[Entry]:
         else e
         for e in entries
     ]
+
+
+def _refuse_packed_twice(read: list[Entry]) -> None:
+    names = {entry.path for entry in read}
+    for entry in read:
+        for packed in PACKED:
+            if (twin := entry.path.with_name(f"{entry.path.name}{packed}")) in names:
+                raise UserError(
+                    f"{twin}: lies beside {entry.path.name}: if one was made from the other its documents would count "
+                    "twice; move one away, or name the files themselves"
+                )
 
 
 def suffix_of(path: Path) -> str | None:

@@ -33,6 +33,8 @@ SMALLEST_TASK_BYTES = 1 << 20
 TASKS = 64
 """Into so many pieces a smaller input is cut, so that every worker has some."""
 HEAD_BYTES = 4096
+ZEROS = bytes(16)
+"""No text of any encoding has so many."""
 WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 """How files of UTF-16 and UTF-32 begin."""
 WHOLE_JSON_BYTES = 64 << 20
@@ -243,6 +245,11 @@ def _open(path: Path, text_lines: bool) -> Input:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     kind = SUFFIXES[suffix_of(path) or ""]
     if kind in ("jsonl", "text") and (head.startswith(WIDE_MARKS) or (len(head) > 3 and 3 * head.count(0) > len(head))):
+        if ZEROS in head:
+            raise UserError(
+                f"{path}: holds a run of zero bytes, as a crash of a machine leaves it: copy the file again, or leave "
+                "it out"
+            )
         raise UserError(
             f"{path}: UTF-16 or UTF-32, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8 {path}), or leave it out"
         )

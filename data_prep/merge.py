@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.work import check_prefix, claimed, made_before
+from data_prep.work import check_prefix, claimed, made_before, same_value
 from data_prep.writer import CHUNK, DatasetWriter
 from remit_megatron.data.indexed import IndexedTokens, bin_path, idx_path, open_index
 from remit_megatron.data.manifest import Manifest, fingerprint, manifest_path, quick_verify
+from remit_megatron.data.tokenizer import fullest
 from remit_megatron.errors import UserError
 
 
@@ -22,15 +23,18 @@ def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> M
     refuse_own_source(output, prefixes)
     sources = [(open_index(prefix), owned_manifest(prefix)) for prefix in prefixes]
     first = sources[0][1]
+    tokenizer = fullest([manifest.tokenizer_hash for _, manifest in sources])
     for (_, manifest), prefix in zip(sources, prefixes, strict=True):
         for name in ("dtype", "tokenizer_hash", "eod_id", "vocab_size"):
-            if getattr(manifest, name) != getattr(first, name):
+            found, wanted = getattr(manifest, name), tokenizer if name == "tokenizer_hash" else getattr(first, name)
+            if not same_value(name, found, wanted):
+                other = next(p for (_, m), p in zip(sources, prefixes, strict=True) if getattr(m, name) == wanted)
                 raise UserError(
-                    f"{manifest_path(prefix)}: {name} is {getattr(manifest, name)}, but {prefixes[0]} has "
-                    f"{getattr(first, name)}: only datasets made alike can be merged"
+                    f"{manifest_path(prefix)}: {name} is {found}, but {other} has {wanted}: only datasets made alike "
+                    "can be merged"
                 )
     shards = _check_shards(prefixes, [manifest for _, manifest in sources])
-    identity: dict[str, Any] = {"eod_id": first.eod_id, "tokenizer_hash": first.tokenizer_hash}
+    identity: dict[str, Any] = {"eod_id": first.eod_id, "tokenizer_hash": tokenizer}
     provenance = _provenance(prefixes, [manifest for _, manifest in sources], shards)
     dtype = np.dtype(first.dtype)
     with claimed(output) as folder:

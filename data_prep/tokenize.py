@@ -38,6 +38,7 @@ from data_prep.work import (
     is_complete,
     made_before,
     read_plan,
+    same_value,
     work_path,
     write_plan,
 )
@@ -316,7 +317,7 @@ def _match_plan(plan: Plan) -> None:
     """Write the plan, or compare it with the one that an earlier start wrote."""
     folder, wanted = plan.job.folder, as_json(plan.identity())
     found = read_plan(folder)
-    differing = [name for name in wanted if found is None or wanted[name] != found.get(name)]
+    differing = [name for name in wanted if found is None or not same_value(name, found.get(name), wanted[name])]
     if differing and not holds_tokens(folder):  # none yet, or of one that was killed before it had any
         empty(folder)
         write_plan(folder, wanted)

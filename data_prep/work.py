@@ -17,6 +17,7 @@ from remit_megatron.data.checksums import read_record, write_record
 from remit_megatron.data.files import clear_dead, fsync_folder, locked, make_folder, temporary_name, writing
 from remit_megatron.data.indexed import bin_path, idx_path
 from remit_megatron.data.manifest import Manifest, manifest_path
+from remit_megatron.data.tokenizer import same_tokenizer
 from remit_megatron.errors import UserError
 
 WORK_SUFFIX = ".parts"
@@ -97,7 +98,13 @@ def existing(prefix: str, wanted: dict[str, Any]) -> Manifest | None:
 
 def _is_of(manifest: Manifest, wanted: dict[str, Any]) -> bool:
     found = {**manifest.provenance, **manifest.model_dump(exclude={"provenance"})}
-    return all(name in found and found[name] == value for name, value in as_json(wanted).items())
+    return all(name in found and same_value(name, found[name], value) for name, value in as_json(wanted).items())
+
+
+def same_value(name: str, one: Any, other: Any) -> bool:
+    """Whether two records agree in a field; a tokenizer may be known by an identity of before, or from another file."""
+    known = name in ("tokenizer", "tokenizer_hash") and isinstance(one, str) and isinstance(other, str)
+    return same_tokenizer(one, other) if known else bool(one == other)
 
 
 def as_json(content: dict[str, Any]) -> dict[str, Any]:

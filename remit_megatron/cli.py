@@ -5,6 +5,7 @@ a recipe, or a look at a run, should not wait for them.
 """
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -16,6 +17,13 @@ from remit_megatron import __version__
 from remit_megatron.arguments import positive, shard
 from remit_megatron.errors import RemitError, UserError
 from remit_megatron.processes import while_read
+
+TRAIN_EXTRA = {
+    "huggingface_hub": "huggingface-hub",
+    **{name: name for name in ("matplotlib", "orjson", "pyarrow", "rich", "safetensors", "tensorboard", "tokenizers")},
+    "zstandard": "zstandard",
+}
+"""Modules of the extra `train`, which commands need and the plugin does not, and the package of each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +40,21 @@ def _main(argv: Sequence[str] | None) -> int:
         if _speaks(error):
             print(f"remit: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        from remit_megatron.outside import quote
+
+        print(f"remit: {quote(str(error.filename))}: {error.strerror}: choose a shorter one", file=sys.stderr)
+        return UserError.exit_code
+    except ModuleNotFoundError as error:
+        package = TRAIN_EXTRA.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            remedy = "pip install 'remit-megatron[train]'"
+            print(f"remit: {package}, which this command needs, is not installed: {remedy}", file=sys.stderr)
+        return UserError.exit_code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,6 +105,9 @@ def _add_running(commands: Any) -> None:
     score.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="only part I (from 0) of N")
     score.add_argument(
         "--check", type=positive, nargs="?", const=64, default=0, metavar="N", help="compare N samples, default 64"
+    )
+    score.add_argument(
+        "--distribution", type=positive, metavar="K", help="keep the K most probable tokens too; reference.distribution"
     )
     score.add_argument("--export", metavar="DIR", help="write the scores by token, for `remit data select`")
     score.add_argument("--follow", action="store_true", help="score for the recipe's run while it trains")
@@ -180,6 +206,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace) -> int:
     from remit_megatron.config import load_recipe
 
+    if arguments.distribution is not None:
+        arguments.overrides = [*arguments.overrides, f"reference.distribution={arguments.distribution}"]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.follow and (arguments.output or arguments.check or arguments.export or arguments.shard != (0, 1)):
         raise UserError(

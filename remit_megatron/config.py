@@ -21,6 +21,7 @@ from remit_megatron import toml
 from remit_megatron.errors import UserError
 from remit_megatron.objectives.needs import OF_THE_DISTRIBUTION, ObjectiveSettings
 from remit_megatron.objectives.settings import NTPSettings, check_by_sample, parse_objective
+from remit_megatron.outside import NAME_BYTES, impossible_name, quote
 from remit_megatron.sections import (
     Batch,
     Checkpoint,
@@ -137,6 +138,8 @@ class Recipe(Section):
             settings["reference"] = self.reference.path
             settings["reference_precision"] = self.reference.precision
             settings["rounded_scores"] = self.reference.rounds
+            if self.reference.distribution:
+                settings["kept_distribution"] = self.reference.distribution
         return settings
 
     def for_scorer(self) -> "Recipe":
@@ -191,6 +194,12 @@ class Recipe(Section):
 
     def _check_scores(self) -> None:
         reference, objective = self.reference, self.objective
+        top_k = objective.distribution.top_k
+        if reference is not None and reference.distribution and top_k not in (0, reference.distribution):
+            raise UserError(
+                f"reference.distribution = {reference.distribution} and objective.top_k = {top_k}: give one number of "
+                "tokens, or leave objective.top_k out"
+            )
         if reference is None or not (reference.scores or reference.write_scores or reference.queue):
             return
         if reference.scores and reference.write_scores:
@@ -204,11 +213,11 @@ class Recipe(Section):
                 f"reference.queue.timeout_s = {reference.queue.timeout_s:g} is not under watchdog.step_timeout_s = "
                 f"{self.watchdog.step_timeout_s:g}: a step that waits for a scorer would be taken for a hang"
             )
-        if objective.needs & OF_THE_DISTRIBUTION:
+        if objective.needs & OF_THE_DISTRIBUTION and not reference.distribution:
             key = "scores" if reference.scores else "write_scores" if reference.write_scores else "queue"
             raise UserError(
-                f"reference.{key} is for one number a token, and objective.name = '{objective.name}' needs the "
-                "reference's whole distribution: remove it"
+                f"reference.{key} carries one number a token, and objective.name = '{objective.name}' needs the "
+                "reference's distribution: set reference.distribution to the number of its tokens to keep"
             )
 
     def _check_layout(self) -> None:
@@ -250,6 +259,12 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
 
 def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate settings as read from TOML. Raises UserError naming the first wrong key."""
+    if (found := impossible_name(settings)) is not None:
+        key, text = found
+        raise UserError(
+            f"{where}: {quote(key, 100)} = {quote(text, 100)}: has a NUL, or a name of more than {NAME_BYTES} bytes, "
+            "which no file can have: choose another"
+        )
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:

@@ -27,7 +27,7 @@ def report() -> str:
         f"remit-megatron {__version__}",
         f"python         {sys.version.split()[0]} on {machine.system()} {machine.machine()}",
         f"torch          {torch.__version__}",
-        f"megatron-core  {compat.version('megatron-core') or 'missing: pip install megatron-core==0.16.1'}",
+        f"megatron-core  {compat.version('megatron-core') or 'missing: pip install megatron-core'}",
         *_devices(),
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"

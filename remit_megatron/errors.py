@@ -8,6 +8,11 @@ class RemitError(Exception):
     first_to_say: bool | None = None
     """Of several ranks that stop with one error, whether this one reports it. None: decided by rank."""
 
+    def __str__(self) -> str:
+        """One line: what a message quotes, of a file or a library, may hold line ends and control characters."""
+        text = super().__str__().rstrip()
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class UserError(RemitError):
     """A mistake in a recipe, an argument or an input file. The message names it and the remedy."""

@@ -30,11 +30,17 @@ def check_models(recipe: Recipe, shape: ModelShape, reference: ModelShape | None
     check_document_mask(recipe)
     if reference is None:
         return
-    if reference.vocab_size != shape.vocab_size and recipe.objective.needs & OF_THE_DISTRIBUTION:
+    kept = recipe.reference.distribution if recipe.reference is not None else 0
+    if kept > reference.vocab_size:
         raise UserError(
-            f"reference.path: its vocabulary has {reference.vocab_size} rows, the model's {shape.vocab_size}: "
-            f"'{recipe.objective.name}' compares distributions, which have to be over the same rows: choose an "
-            "objective that reads the label's loss alone"
+            f"reference.distribution = {kept} is more than the {reference.vocab_size} tokens of the reference's "
+            "vocabulary: choose fewer"
+        )
+    if kept and reference.vocab_size != shape.vocab_size:
+        raise UserError(
+            f"reference.distribution = {kept}: the reference's vocabulary has {reference.vocab_size} rows, the model's "
+            f"{shape.vocab_size}, and what is kept is over all of the reference's: leave it out, so that the "
+            "distributions are compared online, over the rows that both have"
         )
     check_layout(reference, recipe.parallel, "reference")
 
@@ -95,6 +101,7 @@ def check_graph(recipe: Recipe, device_type: str) -> None:
         "parallel.tensor, pipeline and context = 1": p.tensor == p.pipeline == p.context == 1,
         "data.document_mask = false": not recipe.data.document_mask,
         "an objective that takes scores": not recipe.objective.needs & OF_THE_DISTRIBUTION,
+        "reference.distribution = 0": not recipe.reference.distribution,
     }
     unmet = [condition for condition, met in reasons.items() if not met]
     if unmet:

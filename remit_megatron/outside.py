@@ -18,6 +18,8 @@ MAX_BYTES = 256 << 20
 """Of a file that is read whole. The largest known tokenizer.json has 35 MB."""
 MAX_DEPTH = 64
 """Of nesting. Python's own limit of some 1,000 levels is reached by what works on the content, not by the reader."""
+NAME_BYTES = 255
+"""Of one name in a path, as file systems have it."""
 QUOTED = 200
 """Characters of a value that a message shows at most."""
 
@@ -116,6 +118,19 @@ def problem(error: ValidationError) -> str:
     value = first.get("input")
     got = f" (got {quote(value if isinstance(value, str) else repr(value))})" if not isinstance(value, dict) else ""
     return f"{key}: {message}{got}" if key else f"{message}{got}"
+
+
+def impossible_name(value: Any, key: str = "") -> tuple[str, str] | None:
+    """(key, text) of the first text in settings that can be no path: it has a NUL, or a name longer than files have."""
+    if isinstance(value, dict):
+        children = [(f"{key}.{name}" if key else str(name), child) for name, child in value.items()]
+    elif isinstance(value, list | tuple):
+        children = [(f"{key}.{number}", child) for number, child in enumerate(value)]
+    else:
+        names = value.split(os.sep) if isinstance(value, str) else ()
+        wrong = any(len(os.fsencode(name)) > NAME_BYTES or "\0" in name for name in names)
+        return (key, value) if wrong else None
+    return next((found for name, child in children if (found := impossible_name(child, name))), None)
 
 
 def is_too_deep(value: Any) -> bool:

@@ -150,11 +150,11 @@ def plan(recipe: Recipe, num_gpus: int, gpu: str = "H100", mfu: float = 0.4) -> 
         raise UserError(f"--gpu {gpu} is unknown; known: {', '.join(flops.PEAK_DENSE_BF16)}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu:g} is no share between 0 and 1")
-    init = _known(recipe.model.init, "model.init")
+    init = _known(recipe.model.init, "model.init", recipe.model.vocab_size)
     shape = student_shape(recipe, init.model_shape() if init else None)
     reference, assumed = None, ""
     if recipe.reference is not None:
-        known = _known(recipe.reference.path, "reference.path")
+        known = _known(recipe.reference.path, "reference.path", recipe.model.vocab_size)
         reference = known.model_shape() if known else shape
         if known is None:
             assumed = " (not on this machine: taken to be of the student's size)"
@@ -181,12 +181,12 @@ def plan(recipe: Recipe, num_gpus: int, gpu: str = "H100", mfu: float = 0.4) -> 
     return "\n".join(lines)
 
 
-def _known(path: str | None, key: str) -> Meta | None:
+def _known(path: str | None, key: str, vocab_size: int | None) -> Meta | None:
     """Shape and tokenizer of a model that is on this machine, no weights read; None of one that is not."""
     if path is None or not Path(path).exists():
         return None
     if not is_hf_folder(path):
-        return read_meta(resolve_checkpoint(path, key))
+        return read_meta(resolve_checkpoint(path, key), vocab_size)
     shape = read_shape(read_json(Path(path) / "config.json"), Path(path) / "config.json")
     return Meta(shape=shape.model_dump(), tokenizer=tokenizer_hash(path) if has_tokenizer(Path(path)) else None)
 

@@ -77,8 +77,8 @@ class Data(Section):
     train: tuple[Source, ...] = Field(min_length=1)
     eval: dict[str, str] = {}
     """Held-out sets: name to prefix of a .bin/.idx pair."""
-    seed: NonNegative = 1234
-    """Order of documents and samples; `seed` of the recipe is for the initial weights only."""
+    seed: NonNegative = Field(1234, lt=1 << 32)
+    """Order of documents and samples, of 32 bits; `seed` of the recipe is for the initial weights only."""
     eod_id: NonNegative | None = None
     """Token that ends a document; default: the manifest's. Needed by document centring, masks and resets."""
     document_mask: bool = False
@@ -150,6 +150,10 @@ class Reference(Section):
     cuda_graph: bool = False
     """Replay the reference's pass as a CUDA graph, checked against the pass itself at the start and every 200 passes.
     For one GPU a model (no tensor, pipeline or context parallelism). Its activations stay allocated."""
+    distribution: NonNegative = 0
+    """Above 0: of the reference's distribution so many most probable tokens are kept, the mass of all others and the
+    entropy, at the objective's temperature: by `remit score`, on disk and beside the run, and online too. 0: the
+    label's score alone is kept, and an objective that compares distributions has them whole, online."""
     scores: str | None = None
     """Folder of scores made by `remit score`, read in place of running the model."""
     check_samples: NonNegative = 4

@@ -51,7 +51,11 @@ def minimal(**changes: Any) -> dict[str, Any]:
         ({"reference": {"path": "r"}}, "[reference] is given but objective.name = 'ntp' uses none"),
         ({"objective": {"name": "remit"}}, "needs a [reference] section"),
         ({"objective": {"name": "remit", "epsilon": 2.0}, "reference": {"path": "r"}}, "objective.epsilon"),
+        ({"objective": {"name": []}}, "unknown objective.name '[]'"),
+        ({"objective": {"import_path": ":x"}}, "objective.import_path = ':x': write it as package.module:Class"),
+        ({"objective": "x" * 5000}, "objective must be a section with objective.name, got x"),
         ({"data__train": []}, "data.train"),
+        ({"data__seed": 1 << 32}, "data.seed"),
     ],
 )
 def test_mistakes_name_the_key(changes: dict[str, Any], message: str) -> None:
@@ -79,15 +83,20 @@ def test_overrides(tmp_path: Path) -> None:
             load_recipe(path, [wrong])
 
 
+PATH_CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="\0")
+
+
 @given(
     st.builds(
         minimal,
-        run=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1),
+        run=st.text(PATH_CHARACTERS, min_size=1),
         optimizer__peak_lr=st.floats(1e-6, 1.0),
         optimizer__min_lr=st.just(1e-7),
         seed=st.integers(0, 2**63),
         data__document_mask=st.booleans(),
-        data__eval=st.dictionaries(st.text(st.characters(codec="ascii", exclude_categories=["Cc"])), st.text()),
+        data__eval=st.dictionaries(
+            st.text(st.characters(codec="ascii", exclude_categories=["Cc"])), st.text(PATH_CHARACTERS)
+        ),
         compute__precision=st.sampled_from(["auto", "bf16", "fp32"]),
     )
 )

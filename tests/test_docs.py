@@ -142,6 +142,18 @@ def test_files_that_pages_name_are_there(page: str) -> None:
     assert not absent, f"{page} names {absent}"
 
 
+def test_tests_that_the_reliability_page_names_are_there() -> None:
+    """Each promise has one at least."""
+    page = (ROOT / "docs/reliability.md").read_text()
+    rows = page.partition("| promise | test |\n|---|---|\n")[2].partition("\n\n")[0].splitlines()
+    assert len(rows) > 10
+    for row in rows:
+        names = re.findall(r"`(tests/[a-z_/]+\.py)::(test_\w+)`", row)
+        assert names, row
+        for file, name in names:
+            assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
 def test_architecture_has_every_layer() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     table = text[text.index("## Layers") : text.index("Beside the package")]
@@ -215,8 +227,20 @@ def test_commands_of_the_clusters_page() -> None:
         build_parser().parse_args(words[1:])
 
 
+def test_commands_of_the_objectives_page() -> None:
+    """Each is one that the program has, and both of kept distributions belong together."""
+    lines = [words for words in commands("docs/objectives.md") if words[0] == ".venv/bin/remit"]
+    parsed = [build_parser().parse_args(words[1:]) for words in lines]
+    (made,) = (one for one in parsed if getattr(one, "distribution", None))
+    wanted = [f"reference.scores={made.output}", f"reference.distribution={made.distribution}"]
+    assert wanted in [getattr(one, "overrides", None) for one in parsed]
+
+
 def test_makefile_has_the_targets_of_the_readme() -> None:
     targets = {words[1] for words in commands("README.md") if words[0] == "make"}
-    assert targets == {"smoke", "test", "test-slow", "test-slurm", "docker-smoke", "test-image", "flywheel", "docs"}
+    assert targets == {
+        *("smoke", "smoke-wheel", "docker-smoke", "flywheel", "docs"),
+        *("test", "test-slow", "test-slurm", "test-image", "test-newest", "test-python"),
+    }
     for target in targets:
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target

@@ -7,8 +7,11 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from remit_megatron import toml
+from remit_megatron.cli import main
+from remit_megatron.config import parse_recipe
+from remit_megatron.data.indexed import open_index
 from remit_megatron.errors import UserError
-from remit_megatron.outside import MAX_DEPTH, quote, read_bytes, read_json, read_model, read_object
+from remit_megatron.outside import MAX_DEPTH, impossible_name, quote, read_bytes, read_json, read_model, read_object
 
 
 class Record(BaseModel):
@@ -78,6 +81,29 @@ def test_paths(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             read_bytes(tmp_path / name, "record", limit=10)
+
+
+def test_names_that_no_file_can_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a recipe, whichever key it is; and on a command line."""
+    recipe = {"run": "r", "data": {"train": [{"path": "a/" + "b" * 256}], "eval": {}}}
+    assert impossible_name(recipe) == ("data.train.0.path", "a/" + "b" * 256)
+    assert impossible_name({"run": "a" * 255, "text": ["\u6f22" * 85, 3]}) is None
+    for text in ("\u6f22" * 86, "a/\0"):
+        with pytest.raises(UserError, match=r"recipe: run = .* has a NUL, or a name of more than 255 bytes"):
+            parse_recipe({"run": text})
+    with pytest.raises(UserError, match="no such file; a dataset is a PREFIX"):
+        open_index(tmp_path / ("c" * 256))
+    for command in (["data", "verify", "c" * 256], ["convert", "check", "d" * 256, "e"], ["status", "f" * 256]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("remit: ")
+        assert said.count("\n") == 1
+
+
+def test_an_error_is_one_line() -> None:
+    assert str(UserError("a.parquet: no file: type: \x0f\nsecond\ud800 \u00e9\n")) == (
+        "a.parquet: no file: type: \\x0f\\nsecond\\ud800 \u00e9"
+    )
 
 
 def test_quote() -> None:

@@ -41,7 +41,8 @@ def checkpoint_bytes(recipe: Recipe, run: Path) -> int:
         path = Path(recipe.model.init) / "config.json"
         carried = read_shape(read_json(path), str(path))
     elif recipe.model.init:
-        carried = read_meta(resolve_checkpoint(recipe.model.init, "model.init")).model_shape()
+        checkpoint = resolve_checkpoint(recipe.model.init, "model.init")
+        carried = read_meta(checkpoint, recipe.model.vocab_size).model_shape()
     elif recipe.model.preset:
         carried = preset_shape(recipe.model.preset)
     return resolve_shape(recipe.model, carried).num_parameters() * BYTES_PER_PARAMETER

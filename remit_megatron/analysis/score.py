@@ -46,7 +46,8 @@ def compare_models(
     found = from_rank_0(lambda: _find_all(recipe, paths), process.device)
     groups = initialize_groups(recipe.parallel, recipe.seed, recipe.compute.collective_timeout_s)
     meta = found["reference"][1]
-    vocab_size, tokenizer = meta.model_shape().vocab_size, recipe_tokenizer(recipe) or meta.tokenizer
+    tokenizer = recipe_tokenizer(recipe) or meta.tokenizer
+    vocab_size = min(one.model_shape().vocab_size for _, one in found.values())
     source = datasets.open_source(recipe.data.eval[set_name], recipe.data, vocab_size, tokenizer)
     held_out = datasets.HeldOut(source, recipe.data, samples)
     check_documents(recipe, held_out.eod_id, vocab_size)
@@ -96,14 +97,16 @@ def _find_all(recipe: Recipe, paths: dict[str, str]) -> dict[str, tuple[Path, Me
     for name, (path, meta) in found.items():
         shape = meta.model_shape()
         check_layout(shape, recipe.parallel, name)
-        if shape.vocab_size != theirs.model_shape().vocab_size:
-            raise UserError(
-                f"--models {name}: the vocabulary of {path} has {shape.vocab_size} rows, the reference's "
-                f"{theirs.model_shape().vocab_size}: models are compared token by token, so they must share a tokenizer"
-            )
         one, other = _tokenizer(meta), _tokenizer(theirs)
         if one and other and not same_tokenizer(one, other):
             raise UserError(f"--models {name}: {path} was made with another tokenizer than the reference")
+        # Of one tokenizer the rows past its ids are padding, and the KL is over the rows that both have.
+        if shape.vocab_size != theirs.model_shape().vocab_size and not (one and other):
+            raise UserError(
+                f"--models {name}: the vocabulary of {path} has {shape.vocab_size} rows, the reference's "
+                f"{theirs.model_shape().vocab_size}, and nothing shows that one tokenizer made both: models are "
+                "compared token by token"
+            )
     return found
 
 

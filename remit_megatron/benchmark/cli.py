@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="Hugging Face folder or hub id, checkpoint or run folder"
     )
-    parser.add_argument("--suite", choices=sorted(SUITES), help="base: Tables 1 and 2; post: Tables 3 and 4")
+    parser.add_argument("--suite", choices=sorted(SUITES), help="base: Tables 1 and 2; post: 3 and 4")
     parser.add_argument("--output", metavar="FOLDER", help="results.json and logs; again: goes on where it stopped")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="only these benchmarks of the suite")
     parser.add_argument(
@@ -120,6 +120,8 @@ def _folder(name: str | None) -> Path | None:
                 f"--include-path {name}: lm_eval does not follow the link {link}, and would leave its tasks out: name "
                 "that folder, or put the files there"
             )
+    if other := sorted(folder.rglob("*.yml")):
+        raise UserError(f"--include-path {name}: lm_eval reads .yaml alone, and would leave {other[0]} out: rename it")
     if not any(folder.rglob("*.yaml")):
         raise UserError(f"--include-path {name}: is no folder with task files (*.yaml)")
     return folder.absolute()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from remit_megatron.benchmark.model import without_ranks
+from remit_megatron.benchmark.readings import share_right
 from remit_megatron.benchmark.suite import LM_EVAL_VERSION, Benchmark
 from remit_megatron.data.tokenizer import load_tokenizer
 from remit_megatron.errors import RunError, UserError
@@ -155,7 +156,10 @@ def read_results(output: Path, benchmark: Benchmark, model: Path | None = None) 
     if len(found) != 1:
         raise RunError(f"lm_eval ended without an error and left {len(found)} files of results in {output}")
     content = parse_object(found[0].read_bytes(), str(found[0]))
-    figures = content["results"].get(benchmark.task, {})
+    figures = dict(content["results"].get(benchmark.task, {}))
+    for key in benchmark.own:
+        name, _, kind = key.partition(",")
+        figures[key], figures[f"{name}_stderr,{kind}"] = share_right(output, list(content["n-samples"]))
     metrics = {}
     for key in benchmark.metrics:
         name, _, kind = key.partition(",")

@@ -148,6 +148,20 @@ def scores(benchmark: Benchmark, task: Mapping[str, Any]) -> list[float]:
     return [100 * task["metrics"][key]["value"] for key in benchmark.metrics]
 
 
+def caveats(benchmark: Benchmark, task: Mapping[str, Any], backend: str, model_args: Mapping[str, Any]) -> list[str]:
+    """What a reader of a figure should know of how lm_eval came to it: of the task, and of how it was run."""
+    found = list(benchmark.caveats)
+    if task["few_shot"]:
+        found.append("the examples are drawn anew for another number of ranks")
+    by_likelihood = benchmark.metrics[0].startswith("acc")
+    if by_likelihood and backend == "hf" and "softmax_dtype" not in model_args:
+        found.append(
+            "log-likelihoods of a bfloat16 model are summed in bfloat16, and tie: --set-model-args "
+            "softmax_dtype=float32"
+        )
+    return found
+
+
 def remarks(benchmark: Benchmark, task: Mapping[str, Any], limit: int | None) -> list[str]:
     """What keeps a finished task's figures from being comparable with the paper's."""
     found = []

@@ -93,8 +93,7 @@ def of_kept(request: Request) -> list[Request]:
             f"--kept: {run} has no checkpoint that it keeps: set checkpoint.keep_every_tokens, or make an empty file "
             "KEEP in each of checkpoints/step-N that is to stay"
         )
-    each = {"drop_export": True}
-    return [replace(request, model=str(path), output=request.output / path.name, **each) for path in found]
+    return [replace(request, model=str(path), output=request.output / path.name, drop_export=True) for path in found]
 
 
 def _run_all(
@@ -144,7 +143,8 @@ def _run_one(request: Request, each: Benchmark, model: Path) -> dict[str, Any]:
     except RunError as error:
         return {"state": results.FAILED, "reason": str(error) + (f" ({GATED})" if each.gated else ""), **ran}
     remarks = results.remarks(each, record, request.settings.limit)
-    return {"state": results.DONE, **record, "remarks": remarks, "caveats": list(each.caveats)}
+    caveats = results.caveats(each, record, request.settings.backend, dict(request.settings.model_args))
+    return {"state": results.DONE, **record, "remarks": remarks, "caveats": caveats}
 
 
 def _summary(each: Benchmark, record: dict[str, Any]) -> str:
@@ -167,9 +167,13 @@ def _kept(settings: harness.Settings) -> dict[str, Any]:
 
 
 def _hash_tasks(folder: Path) -> str:
-    """Of the task files in a folder. The data that they name are not read."""
+    """Of all files of a folder of tasks, data beside them included, but for hidden ones and Python's caches. Data that
+    tasks name elsewhere are not read."""
     total = hashlib.sha256()
-    for path in sorted(path for kind in ("*.yaml", "*.py") for path in folder.rglob(kind)):
+    found = (path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(found):
+        if any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts):
+            continue
         total.update(f"{path.relative_to(folder)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()[:16]
 

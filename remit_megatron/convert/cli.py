@@ -1,7 +1,8 @@
-"""The commands `remit convert import | export | verify | check`."""
+"""The commands `remit convert import | export | verify | check | adopt | to-megatron-lm`."""
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ DTYPES = ("fp32", "bf16")
 
 def add_parser(commands: Any) -> None:
     """Add `convert` to the subcommands of `remit`."""
-    parser = commands.add_parser("convert", help="Hugging Face checkpoints in and out")
+    parser = commands.add_parser("convert", help="checkpoints of Hugging Face and Megatron-LM in and out")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     one = actions.add_parser("import", help="a Hugging Face folder to a checkpoint that any layout loads")
@@ -44,6 +45,16 @@ def add_parser(commands: Any) -> None:
     four.add_argument("--allow-added-tokens", action="store_true", help="accept tokens that one tokenizer has added")
     _add_allow_key(four)
     four.set_defaults(func=_check)
+
+    five = actions.add_parser("adopt", help="give a checkpoint of Megatron-LM a manifest, where it lies")
+    five.add_argument("checkpoint", metavar="CHECKPOINT", help="an iter_* folder, or the folder it was saved into")
+    five.add_argument("--vocab-size", type=int, metavar="ROWS", help="rows without padding; default: all")
+    five.set_defaults(func=_adopt)
+
+    six = actions.add_parser("to-megatron-lm", help="a checkpoint to a folder that Megatron-LM's --load goes on from")
+    six.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
+    six.add_argument("target", metavar="FOLDER", help="new folder")
+    six.set_defaults(func=_to_megatron_lm)
 
 
 def _add_allow_key(parser: Any) -> None:
@@ -87,7 +98,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise UserError(f"--max-shard-gb {arguments.max_shard_gb:g}: a number above 0 is expected")
     check_target(Path(arguments.target))
     like = local_folder(arguments.like, "--like")
-    from remit_megatron.convert.exporter import export_checkpoint
+    from remit_megatron.convert.exporter import export_checkpoint, left_behind
 
     written = export_checkpoint(
         arguments.checkpoint,
@@ -97,7 +108,33 @@ def _export(arguments: argparse.Namespace) -> int:
         int(arguments.max_shard_gb * 1e9),
         allowed_keys=arguments.allow_key,
     )
+    if rest := left_behind(like):
+        print(f"remit: not taken from {like}: {', '.join(rest)}", file=sys.stderr)
     print(f"{arguments.target}: {'written' if written else 'was there already, made'} from {arguments.checkpoint}")
+    return 0
+
+
+def _adopt(arguments: argparse.Namespace) -> int:
+    from remit_megatron.mcore import platform
+
+    platform.activate("cpu")
+    from remit_megatron.convert.megatron_lm import adopt, describe_adopted
+
+    if arguments.vocab_size is not None and arguments.vocab_size < 1:
+        raise UserError(f"--vocab-size {arguments.vocab_size}: a number above 0 is expected")
+    print(f"{arguments.checkpoint}: {describe_adopted(adopt(Path(arguments.checkpoint), arguments.vocab_size))}")
+    return 0
+
+
+def _to_megatron_lm(arguments: argparse.Namespace) -> int:
+    from remit_megatron.convert.place import check_target
+    from remit_megatron.mcore import platform
+
+    check_target(Path(arguments.target))
+    platform.activate("cpu")
+    from remit_megatron.convert.megatron_lm import export
+
+    print(f"{arguments.target}: {export(arguments.checkpoint, Path(arguments.target))}")
     return 0
 
 

@@ -22,6 +22,8 @@ from remit_megatron.run.checkpoint import identity, read_meta, resolve_checkpoin
 from remit_megatron.shape import ModelShape
 
 MAX_SHARD_BYTES = 5_000_000_000
+PROSE = ("README", "LICENSE", "NOTICE", "USE_POLICY")
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".gguf")
 MADE_OF = ".made_of"
 """What an export was made of. Not in the shards: two checkpoints of the same weights give the same shards."""
 
@@ -90,6 +92,13 @@ def _tensors(found: dict[str, Place], dtype: torch.dtype, progress: ByteProgress
         done += tensor.nbytes
         progress.update(done)
         yield name, tensor
+
+
+def left_behind(like: Path) -> list[str]:
+    """What an export does not take from `like`: neither weights, prose nor hidden."""
+    taken = {"config.json", "generation_config.json", *tokenizer.FILES}
+    rest = (path for path in like.iterdir() if path.name not in taken and not path.name.startswith((".", *PROSE)))
+    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in rest if not path.name.endswith(WEIGHTS))
 
 
 def _texts(like: Path, config: dict[str, Any], shape: ModelShape, dtype: torch.dtype) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from remit_megatron.data.tokenizer import largest_id
+from remit_megatron.data.tokenizer import largest_id, load_tokenizer
 from remit_megatron.hf.config import length_note, read_json
 from remit_megatron.hf.mapping import read_fields
 from remit_megatron.hf.tokenizer import Difference, compare, has_tokenizer, read_canonical
@@ -36,6 +36,9 @@ def check_pair(
         length = length_note(config)
         found.notes += [f"{path}: {length}"] if length else []
     absent = [str(path) for path in shapes if not has_tokenizer(path)]
+    for path in shapes:
+        if has_tokenizer(path):
+            load_tokenizer(path)  # a file may say the same of ids, and be none that the library loads
     same = False
     if absent:
         where = ", ".join(absent)

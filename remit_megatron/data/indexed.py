@@ -5,6 +5,7 @@ document marks d (u64), sequence lengths in tokens [n] int32, byte offsets into 
 (the first sequence of each document, and n at the end). Megatron trusts all of it; `open_index` trusts none.
 """
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import IO
 import numpy as np
 
 from remit_megatron.errors import UserError
+from remit_megatron.outside import quote
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
@@ -84,8 +86,8 @@ def open_index(prefix: str | Path, *, is_checked: bool = False) -> IndexedTokens
     """
     idx, data = idx_path(prefix), bin_path(prefix)
     for path in (idx, data):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; a dataset is a PREFIX with PREFIX.bin and PREFIX.idx")
+        if not os.path.isfile(path):  # no error for a name that is too long, nor for a folder that may not be read
+            raise UserError(f"{quote(str(path))}: no such file; a dataset is a PREFIX with PREFIX.bin and PREFIX.idx")
     dtype, lengths, pointers, marks = _map_index(idx)
     if is_checked:
         total = int(pointers[-1]) // dtype.itemsize + int(lengths[-1]) if len(lengths) else 0

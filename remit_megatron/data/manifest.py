@@ -6,6 +6,7 @@ is what a training run does at start: everything about .idx, the sizes, and samp
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +63,7 @@ class Manifest(BaseModel):
     def read(prefix: str | Path) -> "Manifest | None":
         """The manifest of a dataset, or None where there is none. Raises UserError for a damaged one."""
         path = manifest_path(prefix)
-        return Manifest.load(path) if path.exists() else None
+        return Manifest.load(path) if os.path.exists(path) else None  # no error for a name that is too long
 
     @staticmethod
     def load(path: Path) -> "Manifest":

@@ -15,8 +15,9 @@ from torch import Tensor
 from remit_megatron.data.deal import Deal
 from remit_megatron.errors import UserError
 from remit_megatron.ops.routing import Routed
+from remit_megatron.ops.top_tokens import TopTokens
 
-Record = TypeVar("Record", bound="Scores | Routed | Microbatch | LocalMicrobatch")
+Record = TypeVar("Record", bound="Scores | TopTokens | Routed | Microbatch | LocalMicrobatch")
 
 PACKED = "packed lengths are not read: give `documents`, the document of each input token"
 REFUSED = {
@@ -45,6 +46,8 @@ class Scores:
     """[b, s/cp] float32: the entropy of the distribution over the vocabulary, nats."""
     agrees: Tensor | None = None
     """[b, s/cp] float32: 1 where the most probable token is the label, else 0."""
+    top: TopTokens | None = None
+    """[b, s/cp, K] and [b, s/cp]: the most probable tokens, at the temperature of `entropy`; in place of `hidden`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +222,7 @@ def _mapped(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
-        if isinstance(value, Scores | Routed):
+        if isinstance(value, Scores | TopTokens | Routed):
             changed[field.name] = _mapped(value, change)
         elif value is not None:
             changed[field.name] = change(value)
@@ -234,5 +237,7 @@ def _joined(parts: Sequence[Record]) -> Record:
         absent = [value is None for value in values]
         assert all(absent) or not any(absent), f"only some microbatches have {field.name}"
         if not any(absent):
-            joined[field.name] = _joined(values) if isinstance(values[0], Scores | Routed) else torch.cat(values)
+            joined[field.name] = (
+                _joined(values) if isinstance(values[0], Scores | TopTokens | Routed) else torch.cat(values)
+            )
     return dataclasses.replace(parts[0], **joined)

@@ -8,7 +8,7 @@ loaded and saved again is the same tokenizer, and one that gives other ids is an
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,19 @@ def same_tokenizer(one: str, other: str) -> bool:
     old = one if new[0] is other else other
     _, _, whole, short = new[0].split("-")
     return old == short if len(old) == len(short) else old.startswith(whole)
+
+
+def deciding(known: str) -> str:
+    """The part of an identity that is equal for all files of one tokenizer, for a place that compares text alone."""
+    return "-".join(known.split("-")[:2])
+
+
+def fullest(known: Sequence[str | None]) -> str | None:
+    """Of identities of one tokenizer, one that any other can be compared with: none of before where there is another.
+
+    None where there is none.
+    """
+    return max(filter(None, known), key=lambda one: "-" in one, default=None)
 
 
 def differ_in_added_tokens_only(one: str, other: str) -> bool:

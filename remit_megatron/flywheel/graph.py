@@ -14,7 +14,7 @@ from remit_megatron import toml
 from remit_megatron.config import parse_recipe
 from remit_megatron.convert.pair import check_pair
 from remit_megatron.data.manifest import quick_verify
-from remit_megatron.data.tokenizer import tokenizer_hash
+from remit_megatron.data.tokenizer import deciding, tokenizer_hash
 from remit_megatron.errors import UserError
 from remit_megatron.flywheel.config import STAGES, Arm, Benchmark, Stage, Wheel
 from remit_megatron.flywheel.content import Contents, digest
@@ -232,7 +232,7 @@ class _Builder:
             data[source.pop("path")] = quick_verify(recipe.data.train[number].path).fingerprint
         if identity["data"].pop("tokenizer") is not None:
             assert recipe.data.tokenizer is not None
-            data[recipe.data.tokenizer] = tokenizer_hash(recipe.data.tokenizer)
+            data[recipe.data.tokenizer] = deciding(tokenizer_hash(recipe.data.tokenizer))
         # Which models these are is the parents' business.
         identity["model"].pop("init")
         identity.pop("reference", None)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PAIR = frozenset((HEAD, EMBEDDING))
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -63,6 +64,11 @@ class HFFolder:
     def __init__(self, path: Path):
         self.path = path
         self.config = read_json(path / "config.json")
+        if (path / ADAPTER).exists():
+            raise UserError(
+                f"{path}: {ADAPTER} lies in it, and other programs then load an adapter beside the weights: merge it "
+                "into the weights (peft: merge_and_unload), or remove the adapter's files"
+            )
         self.tensors: dict[str, Stored] = {}
         self.stands_for: dict[str, str] = {}
         """Names that a tensor is read as, where another is stored: of a tied pair that was written once."""
@@ -101,6 +107,11 @@ class HFFolder:
     def _list_shards(self, places: dict[str, str] | None) -> list[str]:
         if places is not None:
             shards = sorted(set(places.values()))
+            if SINGLE not in shards and (self.path / SINGLE).exists():
+                raise UserError(
+                    f"{self.path}: has {SINGLE}, which transformers loads, and {INDEX}, which names other files: two "
+                    "models in one folder; remove the files of one"
+                )
         elif (self.path / SINGLE).exists():
             shards = [SINGLE]
         else:

@@ -1,14 +1,14 @@
 """Everything that touches Megatron-Core.
 
-`RemitGPTModel` and `make_forward_step` turn a Megatron script of one's own into ReMiT (docs/plugin.md).
-Importing this package does not import Megatron; naming one of the two does.
+`RemitGPTModel`, from Megatron-Core 0.19 on also `RemitHybridModel`, and `make_forward_step` turn a Megatron script of
+one's own into ReMiT (docs/plugin.md). Importing this package does not import Megatron; naming one of them does.
 """
 
 import importlib
 from typing import Any
 
-_EXPORTS = {"RemitGPTModel": "loss_hook", "make_forward_step": "step"}
-__all__ = ["RemitGPTModel", "make_forward_step"]
+_EXPORTS = {"RemitGPTModel": "loss_hook", "RemitHybridModel": "hybrid", "make_forward_step": "step"}
+__all__ = ["RemitGPTModel", "RemitHybridModel", "make_forward_step"]
 
 
 def __getattr__(name: str) -> Any:

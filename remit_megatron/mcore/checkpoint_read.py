@@ -1,14 +1,17 @@
 """Reading a distributed checkpoint without trust: checksums first, and no pickle in it can run code.
 
-Megatron and torch keep a pickle in .metadata, one in common.pt, and one for each object beside the tensors. Here an
-unpickler with a list of allowed names reads the first, and torch's restricted one the others.
+Megatron and torch keep a pickle in .metadata, one in common.pt or (from 0.19 on) among the objects beside the tensors,
+and one for each other object. Here an unpickler with a list of allowed names reads the first, and torch's restricted
+one the others. Every supported version's checkpoints are read by every other.
 """
 
 import contextlib
 import io
 import os
+import pathlib
 import pickle
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +84,8 @@ class _Unpickler(pickle.Unpickler):
             return _member
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
+        # Python 3.13 writes paths under a module that no other version has.
+        return super().find_class("pathlib" if module == "pathlib._local" else module, name)
 
 
 class Reader(dcp.FileSystemReader):
@@ -130,6 +134,13 @@ class _Planner(MCoreLoadPlanner):
             self.state_dict[name] = loaded
 
 
+def _planner(tensors: list[ShardedTensor]) -> _Planner:
+    return _Planner(
+        shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
+    )
+
+
 def _has_bytes(value: Any) -> bool:
     if isinstance(value, list | tuple | dict):
         return any(_has_bytes(item) for item in (value.values() if isinstance(value, dict) else value))
@@ -138,14 +149,31 @@ def _has_bytes(value: Any) -> bool:
     return bool(value.getvalue() if isinstance(value, io.BytesIO) else value)
 
 
+COMMON_OBJECT = "common_state/shard_0_1"
+"""Where Megatron-Core 0.19 keeps what earlier ones write into common.pt: an object beside the tensors."""
+
+
+def read_common_object(checkpoint: Path) -> Any:
+    """What ranks have in common, of a checkpoint without common.pt. Raises DamagedError where it is not there."""
+    reader = Reader(checkpoint)
+    if COMMON_OBJECT not in reader.read_metadata().state_dict_metadata:
+        raise DamagedError(f"{checkpoint}: neither {common.COMMON_STATE_FNAME} nor an object {COMMON_OBJECT} in it")
+    state: dict[str, Any] = {COMMON_OBJECT: io.BytesIO()}
+    dcp.load(state, storage_reader=reader, planner=_planner([]), no_dist=True)
+    (content,) = state[COMMON_OBJECT]
+    return content
+
+
 _Strategy: Any = getattr(common, "TorchCommonLoadStrategy", object)
 
 
 class LoadCommon(_Strategy):
-    """common.pt through torch's restricted unpickler, whatever the environment asks torch for."""
+    """What ranks have in common through torch's restricted unpickler, whatever the environment asks torch for."""
 
     def load_common(self, checkpoint_dir: Any) -> Any:
         path = Path(checkpoint_dir) / common.COMMON_STATE_FNAME
+        if not path.exists():
+            return read_common_object(Path(checkpoint_dir))
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -173,10 +201,7 @@ class LoadSharded(TorchDistLoadShardedStrategy):
         dcp.load_state_dict(
             state,
             reader,
-            planner=_Planner(
-                shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
-                allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
-            ),
+            planner=_planner(tensors),
         )
         loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
         loaded = _replace_sharded_keys_with_state_dict_keys(loaded, flat, renamed)
@@ -192,6 +217,8 @@ def distrusting(folder: Path) -> Iterator[list[Any]]:
     restricted unpickler in all of them.
     """
     Reader(folder).read_metadata()
+    if "pathlib._local" not in sys.modules and sys.version_info < (3, 13):
+        sys.modules["pathlib._local"] = pathlib  # for torch's own reader, which Megatron-Core 0.19 asks
     before = {name: os.environ.pop(name, None) for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", ANYTHING)}
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
@@ -230,6 +257,14 @@ def verify(folder: Path) -> None:
 
 
 def _problems_of_rank(folder: Path) -> list[str]:
+    if not (folder / "meta.json").exists() and not (folder / checksums.NAME).exists():
+        if dist.get_rank() == 0:
+            print(
+                f"remit: {folder} is Megatron-LM's and has no checksums: `remit convert adopt` gives it some",
+                file=sys.stderr,
+                flush=True,
+            )
+        return []
     try:
         files = checksums.read(folder)
     except DamagedError as error:

@@ -3,7 +3,9 @@
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
+import logging
 import multiprocessing
 import os
 from multiprocessing.managers import SyncManager
@@ -19,6 +21,27 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def has_hybrid_model() -> bool:
+    """Whether Megatron-Core has the HybridModel that takes a pattern of layers; 0.18 and older have another one."""
+    if importlib.util.find_spec("megatron.core.models.hybrid") is None:
+        return False
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    return "hybrid_layer_pattern" in inspect.signature(HybridModel.__init__).parameters
+
+
+def silence_deprecation() -> None:
+    """Keep Megatron-Core 0.19 and newer from telling on every rank, at each model, that GPTModel is deprecated.
+
+    Other words of that module are heard as ever. Idempotent.
+    """
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_is_no_deprecation)
+
+
+def _is_no_deprecation(record: logging.LogRecord) -> bool:
+    return "GPTModel IS DEPRECATED" not in str(record.msg)
 
 
 def own_writer(save: Any) -> dict[str, str]:

@@ -112,7 +112,7 @@ def _build_index(prefix: str, data: Data, info: DatasetInfo, index: Path) -> Non
         documents = np.arange(len(indexed), dtype=np.int32)
         # Megatron hashes the name it is given into the index's file names: the content serves any path.
         GPTDataset(indexed, info.fingerprint, documents, None, Split.train, config)
-    except (OSError, ValueError, AssertionError) as error:
+    except (ValueError, AssertionError) as error:
         raise UserError(f"{prefix}: no sample index can be built in {index}: {error}") from error
     finally:
         logging.getLogger("megatron.core.datasets").setLevel(level)

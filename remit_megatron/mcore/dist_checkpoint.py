@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -32,9 +33,10 @@ from remit_megatron.data import checksums
 from remit_megatron.data.files import sync_file, write_atomically
 from remit_megatron.errors import DamagedError, RunError, UserError
 from remit_megatron.mcore import compat
-from remit_megatron.mcore.checkpoint_read import cause, distrusting, first_line, verify
+from remit_megatron.mcore.checkpoint_read import Reader, cause, distrusting, first_line, verify
 from remit_megatron.mcore.collectives import failure_of_ranks
 from remit_megatron.mcore.loss_hook import unwrap
+from remit_megatron.mcore.megatron_lm.checkpoint import is_foreign
 from remit_megatron.processes import die_with_parent
 
 # Each optimizer state is stored under its parameter in the model's own shape, so that any layout can read it.
@@ -51,6 +53,8 @@ WRITERS = max(2, min(8, (os.cpu_count() or 2) // 2))
 
 
 FULL_BELOW_BYTES = 1 << 20
+WEIGHTS = ("embedding.", "decoder.", "output_layer.", "mtp.")
+"""How names of a model's own tensors begin."""
 
 
 class _ThreadedSave(TorchDistSaveShardedStrategy):
@@ -244,19 +248,47 @@ def _state(chunks: list[Any], optimizer: Any | None) -> dict[str, Any]:
 
 def load_model(folder: Path, chunks: list[Any]) -> None:
     """Load weights only. Collective. Raises UserError naming the folder when a tensor is absent or unreadable."""
-    loaded = _load(model_state(chunks), folder)
+    state = model_state(chunks)
+    names = {value.key for value in nested_values(state) if hasattr(value, "key")}
+    loaded = _load(state, folder)
+    if is_foreign(folder):
+        _check_all_read(names, folder)
     _restore_model(loaded, chunks)
+
+
+def _check_all_read(names: set[str], folder: Path) -> None:
+    """Raises UserError where a checkpoint of Megatron-LM has weights that the model does not take. Collective.
+
+    names: of the weights that this rank has taken.
+    """
+    taken: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(taken, names)
+    stored = {name.split("/shard_")[0] for name in Reader(folder).read_metadata().state_dict_metadata}
+    weights = {name for name in stored if name.startswith(WEIGHTS) and not name.endswith("_extra_state")}
+    if left := sorted(weights.difference(*taken)):
+        raise UserError(
+            f"checkpoint {folder}: it has weights that the model its arguments describe does not take: "
+            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
+        )
 
 
 def load_training(folder: Path, chunks: list[Any], optimizer: Any) -> None:
     """Load weights and optimizer. Collective.
 
-    Raises RunError where the optimizer's own weights are not the model's: its states then belong to other parameters.
+    Raises RunError where the optimizer's own weights are not the model's: its states then belong to other parameters;
+    UserError where its groups of parameters are not this optimizer's.
     """
     loaded = _load(_training_state(chunks, optimizer, is_loading=True), folder)
     _restore_model(loaded, chunks)
     of_model = weights_checksum(chunks)
-    optimizer.load_state_dict(loaded["optimizer"])
+    try:
+        optimizer.load_state_dict(loaded["optimizer"])
+    except (KeyError, ValueError) as error:  # up to 0.18 a group is told by other names than later
+        raise UserError(
+            f"checkpoint {folder}: its optimizer has other groups than this one's, as changed learning rates or decay "
+            f"make them ({first_line(error)}); go on with the settings that wrote it, or start another run from its "
+            "weights with model.init"
+        ) from error
     compat.separate_steps(optimizer)
     compat.write_master_weights(chunks, optimizer)
     differs = torch.tensor([int(weights_checksum(chunks) != of_model)], device=_object_device())

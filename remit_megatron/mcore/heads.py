@@ -15,6 +15,7 @@ from torch import Tensor
 from remit_megatron.errors import UserError
 from remit_megatron.mcore.collectives import sum_gradients
 from remit_megatron.ops.distillation import Teacher, nll_and_kl
+from remit_megatron.ops.distillation_kept import KeptTeacher, nll_and_kept_kl
 from remit_megatron.ops.implementation import Implementation
 from remit_megatron.ops.linear_loss import SequenceLoss, linear_loss_by_sequence
 from remit_megatron.ops.linear_nll import linear_nll
@@ -118,21 +119,19 @@ class Distilling:
     """[2, b, s/cp] float32 nats, differentiable in whole logits: the NLL, and the comparison with a teacher's
     distribution."""
 
-    teacher: Teacher
+    teacher: Teacher | KeptTeacher
     compared: Tensor | None = None
     """[b, s/cp] bool: the tokens whose comparison is wanted; it is 0 elsewhere. None: all."""
 
     takes_hidden: ClassVar[bool] = False
 
     def __call__(self, labels: Tensor, x: Tensor, vocabulary: Vocabulary) -> Tensor:
-        both = nll_and_kl(
-            x,
-            labels.transpose(0, 1),
-            self.teacher,
-            compared=None if self.compared is None else self.compared.transpose(0, 1),
-            valid_vocab=vocabulary.valid_vocab,
-            tp_group=vocabulary.tp_group,
-        )
+        labels, rows, group = labels.transpose(0, 1), vocabulary.valid_vocab, vocabulary.tp_group
+        compared = None if self.compared is None else self.compared.transpose(0, 1)
+        if isinstance(self.teacher, KeptTeacher):
+            both = nll_and_kept_kl(x, labels, self.teacher, compared=compared, valid_vocab=rows, tp_group=group)
+        else:
+            both = nll_and_kl(x, labels, self.teacher, compared=compared, valid_vocab=rows, tp_group=group)
         return both.transpose(1, 2)
 
 

@@ -12,8 +12,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from remit_megatron.config import Parallel
+from remit_megatron.errors import UserError
+from remit_megatron.mcore import compat
 from remit_megatron.mcore.families import layer_spec
-from remit_megatron.mcore.loss_hook import RemitGPTModel
+from remit_megatron.mcore.loss_hook import LossHook, RemitGPTModel
 from remit_megatron.mcore.norm import RMSNorm
 from remit_megatron.ops.implementation import Implementation
 from remit_megatron.optional import check_implementation
@@ -31,6 +33,8 @@ class Build:
     dtype: torch.dtype
     implementation: str = "local"
     """`local` or `transformer_engine`."""
+    stack: str = "gpt"
+    """`gpt` or `hybrid`: which of Megatron-Core's models holds the layers; see `mcore/hybrid.py`."""
     recompute: bool = False
     init_std: float = 0.02
     initialize: bool = True
@@ -47,8 +51,9 @@ def make_config(shape: ModelShape, parallel: Parallel, build: Build) -> Transfor
     interleaved = parallel.virtual_pipeline > 1
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     kind, traits = _traits(shape)
+    if build.stack == "hybrid":
+        traits |= _as_pairs(shape, traits)
     return kind(
-        num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -94,7 +99,7 @@ def make_config(shape: ModelShape, parallel: Parallel, build: Build) -> Transfor
 
 def _traits(shape: ModelShape) -> tuple[type[TransformerConfig], dict[str, Any]]:
     """What a shape's traits are called in Megatron's config, and the class of that config."""
-    traits: dict[str, Any] = {"add_qkv_bias": shape.qkv_bias}
+    traits: dict[str, Any] = {"num_layers": shape.num_layers, "add_qkv_bias": shape.qkv_bias}
     # The flag makes finalize_model_grads sum gradients over tensor-parallel ranks, which only per-head norms need.
     traits["qk_layernorm"] = shape.qk_norm == "per_head"
     if shape.no_rope_layers:
@@ -112,6 +117,14 @@ def _traits(shape: ModelShape) -> tuple[type[TransformerConfig], dict[str, Any]]
     # Defaults are those of a YaRN model with a factor of 40.
     rope = {"rope_type": "rope", "rotary_base": shape.rope_theta, "rotary_scaling_factor": 1.0}
     return MLATransformerConfig, {**traits, **sizes, **rope, "apply_rope_fusion": False}
+
+
+def _as_pairs(shape: ModelShape, traits: dict[str, Any]) -> dict[str, Any]:
+    """The traits that differ where attention and MLP are layers of their own."""
+    pairs: dict[str, Any] = {"num_layers": 2 * shape.num_layers, "is_hybrid_model": True}
+    if "no_rope_freq" in traits:
+        pairs["no_rope_freq"] = [flag for layer in traits["no_rope_freq"] for flag in (layer, 0)]
+    return pairs
 
 
 def _block_spec(shape: ModelShape, config: TransformerConfig, implementation: str, vp_stage: int | None) -> Any:
@@ -152,18 +165,12 @@ def _build_chunk(
     vp_stage: int | None,
 ) -> Any:
     stage = {} if vp_stage is None else {"vp_stage": vp_stage}
-    model = RemitGPTModel(
-        config,
-        _block_spec(shape, config, build.implementation, vp_stage),
-        shape.padded_vocab(parallel.tensor),
-        max_sequence_length,
+    common = dict(
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, **stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, **stage),
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="none" if shape.latent else "rope",
         rotary_base=shape.rope_theta,
-        rope_scaling=shape.rope_llama3_factor is not None,
-        rope_scaling_factor=shape.rope_llama3_factor or 1.0,
         valid_vocab=shape.vocab_size,
         scorer=scorer,
         head_chunk_tokens=build.head_chunk_tokens,
@@ -171,9 +178,35 @@ def _build_chunk(
         loss_implementation=build.loss_implementation,
         **stage,
     )
+    vocab = shape.padded_vocab(parallel.tensor)
+    model: LossHook
+    if build.stack == "hybrid":
+        model = _hybrid().build(shape, parallel, build.implementation, config, vocab, max_sequence_length, common)
+    else:
+        model = RemitGPTModel(
+            config,
+            _block_spec(shape, config, build.implementation, vp_stage),
+            vocab,
+            max_sequence_length,
+            rope_scaling=shape.rope_llama3_factor is not None,
+            rope_scaling_factor=shape.rope_llama3_factor or 1.0,
+            **common,
+        )
     if build.device.type == "cuda":
         model.cuda(build.device)
-    model = Float16Module(config, model) if build.dtype is torch.bfloat16 else model
+    chunk = Float16Module(config, model) if build.dtype is torch.bfloat16 else model
     if scorer:
-        model.eval().requires_grad_(False)
-    return model
+        chunk.eval().requires_grad_(False)
+    return chunk
+
+
+def _hybrid() -> Any:
+    """The module for HybridModel. Raises UserError where this Megatron-Core has none that serves."""
+    if not compat.has_hybrid_model():
+        raise UserError(
+            f"stack = 'hybrid' needs the HybridModel of Megatron-Core 0.19 or newer, and "
+            f"{compat.version('megatron-core')} is installed: use stack = 'gpt'"
+        )
+    from remit_megatron.mcore import hybrid
+
+    return hybrid

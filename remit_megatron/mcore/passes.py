@@ -18,11 +18,12 @@ from remit_megatron.errors import UserError
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups
 from remit_megatron.mcore.heads import Distilling, HiddenStates
-from remit_megatron.mcore.loss_hook import RemitGPTModel, unwrap
+from remit_megatron.mcore.loss_hook import LossHook, unwrap
 from remit_megatron.ops.choices import Compared
 from remit_megatron.ops.distillation import Teacher
 from remit_megatron.ops.distillation_entropy import entropy_and_top
 from remit_megatron.ops.shard import IGNORED_LABEL
+from remit_megatron.ops.top_tokens import TopTokens, summarise
 
 Report = dict[str, Tensor]
 """A microbatch's metrics by name, [numerator, denominator] each."""
@@ -84,7 +85,8 @@ def nll_and_kl(
         local = microbatch.local(deal, hook.device_of_weights())
         if not hook.post_process:
             return run_model(local, model), _keep_in(results, local)
-        with hook.using(Distilling(teacher_of(reference, local.scores, temperature=temperature, top_k=top_k))):
+        teacher = teacher_of(reference, hook, local.scores, temperature=temperature, top_k=top_k)
+        with hook.using(Distilling(teacher)):
             return run_model(local, model), _keep_in(results, local)
 
     run_schedule(step, scored, chunks, forward_only=True)
@@ -93,20 +95,22 @@ def nll_and_kl(
 
 def teacher_of(
     reference: Sequence[Any],
+    student: LossHook,
     scores: Scores | None,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
     compare: Compared = "forward",
 ) -> Teacher:
-    """The distribution of a reference of which `scores` has the hidden states; reference: its chunks, on last-stage
-    ranks."""
+    """The distribution of a reference of which `scores` has the hidden states, for `student` to be compared with over
+    the rows that both have; reference: its chunks, on last-stage ranks. Collective over tensor parallelism."""
     assert scores is not None, "a distribution needs scores"
     assert scores.hidden is not None, "a distribution needs the reference's hidden states"
     head = unwrap(reference[-1])
     return Teacher(
         hidden=scores.hidden.transpose(0, 1),
-        weight=head.head_weight(),
+        weight=head.head_rows(len(student.head_weight())),
+        valid_vocab=min(head.valid_vocab, student.valid_vocab),
         temperature=temperature,
         chunk_tokens=head.head_chunk_tokens,
         top_k=top_k,
@@ -115,12 +119,18 @@ def teacher_of(
 
 
 def entropy_and_agreement(
-    reference: Sequence[Any], hidden: Sequence[Tensor], labels: Sequence[Tensor], *, temperature: float = 1.0
+    reference: Sequence[Any],
+    hidden: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    common_vocab: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each microbatch, [b, s/cp] float32 each: the entropy of the reference's distribution at the temperature, nats,
     and 1 where its most probable token is the label.
 
     reference: its chunks, on last-stage ranks; hidden: what `hidden` makes of them; labels: [b, s/cp] int64.
+    common_vocab: rows of the vocabulary that the distribution is over, from the first on; None: the reference's.
     """
     head, found = unwrap(reference[-1]), list[tuple[Tensor, Tensor]]()
     for states, wanted in zip(hidden, labels, strict=True):
@@ -128,11 +138,46 @@ def entropy_and_agreement(
             states.flatten(0, 1),
             head.head_weight(),
             temperature=temperature,
-            valid_vocab=head.valid_vocab,
+            valid_vocab=min(head.valid_vocab, common_vocab or head.valid_vocab),
             tp_group=head.pg_collection.tp,
             chunk_tokens=head.head_chunk_tokens,
         )
         found.append((entropy.view(wanted.shape), (top.view(wanted.shape) == wanted.to(top.device)).float()))
+    return found
+
+
+def summaries(
+    reference: Sequence[Any],
+    hidden: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    *,
+    top_k: int,
+    temperature: float = 1.0,
+) -> list[Scores]:
+    """Of each microbatch all that is kept of the reference's distributions in place of the hidden states: `top` with
+    `top_k` tokens and `entropy` at the temperature, `agrees`, and `ref_nll` at temperature 1.
+
+    reference, hidden: as of `entropy_and_agreement`; labels: [b, s/cp] int64, -100 where masked.
+    """
+    head, found = unwrap(reference[-1]), list[Scores]()
+    for states, wanted in zip(hidden, labels, strict=True):
+        b, s = wanted.shape
+        # In the order in which the NLL's own head has the tokens, so that the bits are the same.
+        kept = summarise(
+            states.transpose(0, 1).flatten(0, 1),
+            head.head_weight(),
+            wanted.t().flatten(),
+            top_k=top_k,
+            temperature=temperature,
+            valid_vocab=head.valid_vocab,
+            tp_group=head.pg_collection.tp,
+            chunk_tokens=head.head_chunk_tokens,
+            implementation=head.loss_implementation,
+        )
+        ids, log_probs = (x.view(s, b, top_k).transpose(0, 1) for x in (kept.top.ids, kept.top.log_probs))
+        nll, entropy, log_tail = (x.view(s, b).t() for x in (kept.nll, kept.entropy, kept.top.log_tail))
+        top = TopTokens(ids=ids, log_probs=log_probs, log_tail=log_tail)
+        found.append(Scores(ref_nll=nll, entropy=entropy, agrees=(ids[..., 0] == wanted).float(), top=top))
     return found
 
 
@@ -174,7 +219,7 @@ def run_model(local: LocalMicrobatch, model: Any, graph: Replayed | None = None)
     def run(tokens: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         calls = hook.loss_calls
         output: Tensor = model(tokens, position_ids, local.documents, labels=labels)
-        assert hook.loss_calls - calls == int(hook.post_process), "the loss hook must fire once a microbatch"
+        assert hook.loss_calls - calls == hook.calls_a_pass, "the loss hook must fire once a microbatch and head"
         return output
 
     masked = local.labels.masked_fill(local.loss_mask == 0, IGNORED_LABEL)
@@ -185,10 +230,10 @@ def run_model(local: LocalMicrobatch, model: Any, graph: Replayed | None = None)
     return graph(run, inputs)
 
 
-def checked(model: Any, groups: Groups) -> RemitGPTModel:
-    """The RemitGPTModel in a model chunk. Raises UserError where Megatron would accept it and compute wrongly."""
+def checked(model: Any, groups: Groups) -> LossHook:
+    """The model in a chunk. Raises UserError where Megatron would accept it and compute wrongly."""
     hook = unwrap(model)
-    if not isinstance(hook, RemitGPTModel):
+    if not isinstance(hook, LossHook):
         raise UserError(f"the model must be a remit_megatron.mcore.RemitGPTModel, got {type(hook).__name__}")
     config = hook.config
     if not config.calculate_per_token_loss:

@@ -72,6 +72,9 @@ def _redirect_megatron() -> None:
         if name.startswith("TE") and not isinstance(getattr(mla, name), type):
             setattr(mla, name, type(name, (), {}))
     mla.HAVE_TE = False
+    # A router asks for a function of Transformer Engine, and without it the name is not there at all.
+    moe: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe.te_general_gemm = getattr(moe, "te_general_gemm", None)
 
 
 class _CudaToCpu(TorchFunctionMode):

@@ -21,7 +21,7 @@ from remit_megatron.mcore.attention import SDPAttention
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.mcore.groups import Groups, current_groups
 from remit_megatron.mcore.heads import BySequence, Distilling
-from remit_megatron.mcore.loss_hook import RemitGPTModel, unwrap
+from remit_megatron.mcore.loss_hook import LossHook, unwrap
 from remit_megatron.mcore.passes import LossFunction, Report, run_model, schedule_iterators
 from remit_megatron.mcore.teacher import FrozenReference, has_scores
 from remit_megatron.objectives import LossSum, Need, Objective, TokenStats, check_by_sample
@@ -41,6 +41,7 @@ def make_forward_step(
     round_scores: bool = False,
     graph: Replayed | None = None,
     sequence_length: int | None = None,
+    common_vocab: int | None = None,
 ) -> "ForwardStep":
     """A forward step for Megatron's schedules that trains with `objective`.
 
@@ -55,7 +56,12 @@ def make_forward_step(
     chunks = reference if isinstance(reference, list) else [reference] if reference is not None else []
     groups = groups or current_groups()
     frozen = FrozenReference(
-        chunks=chunks, groups=groups, merge_microbatches=merge_microbatches, round_scores=round_scores, graph=graph
+        chunks=chunks,
+        groups=groups,
+        merge_microbatches=merge_microbatches,
+        round_scores=round_scores,
+        common_vocab=common_vocab,
+        graph=graph,
     )
     return ForwardStep(objective, frozen, groups, sequence_length)
 
@@ -181,12 +187,12 @@ class ForwardStep:
             )
         return microbatch
 
-    def _distilling(self, local: LocalMicrobatch, hook: RemitGPTModel) -> contextlib.AbstractContextManager[None]:
+    def _distilling(self, local: LocalMicrobatch, hook: LossHook) -> contextlib.AbstractContextManager[None]:
         """Hands the reference's distribution of this microbatch to the head where the objective needs it."""
         if Need.DISTRIBUTION not in self.objective.needs or not hook.post_process:
             return contextlib.nullcontext()
         compared = None if local.routed is None else local.routed.compared
-        return hook.using(Distilling(self.reference.teacher(local.scores, self.objective), compared))
+        return hook.using(Distilling(self.reference.teacher(local.scores, self.objective, hook), compared))
 
     def _by_sequence(self, local: LocalMicrobatch, model: Any) -> tuple[Tensor, LossFunction]:
         """The model runs the objective itself, sample by sample, and its output is the loss sum."""
@@ -241,12 +247,12 @@ class ForwardStep:
         return microbatch.local(self._deal, unwrap(model).device_of_weights())
 
 
-def _check_batch(microbatch: Microbatch, hook: RemitGPTModel) -> None:
+def _check_batch(microbatch: Microbatch, hook: LossHook) -> None:
     """Raises UserError for what the model would train without. Waits for the device where position_ids are given."""
     if microbatch.documents is not None:
         for layer in hook.decoder.layers:
-            core = layer.self_attention.core_attention
-            if not isinstance(core, SDPAttention):
+            core = getattr(layer.self_attention, "core_attention", None)  # a hybrid model's MLP is a layer without
+            if core is not None and not isinstance(core, SDPAttention):
                 raise UserError(
                     f"the batch has `documents`, which the layers' core attention {type(core).__name__} does not read: "
                     "build them with remit_megatron.mcore.attention.SDPAttention, or leave `documents` out"

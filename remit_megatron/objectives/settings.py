@@ -23,6 +23,7 @@ from remit_megatron.objectives.needs import (
     nearest,
 )
 from remit_megatron.objectives.settings_routed import SwitchSettings, TRKDSettings
+from remit_megatron.outside import quote
 
 OBJECTIVES = {
     "ntp": "remit_megatron.objectives.ntp:NTP",
@@ -156,14 +157,14 @@ def parse_objective(settings: Any) -> ObjectiveSettings:
     if isinstance(settings, ObjectiveSettings):
         return settings
     if not isinstance(settings, Mapping):
-        raise UserError(f"objective must be a section with objective.name, got {settings!r}")
+        raise UserError(f"objective must be a section with objective.name, got {quote(settings)}")
     if settings.get("import_path") is not None:
         return located(settings["import_path"])(**settings)
     if "name" not in settings:
         raise UserError(f"objective.name is missing: choose one of {', '.join(OBJECTIVES)}")
     name = settings["name"]
-    if name not in OBJECTIVES:
-        raise UserError(f"unknown objective.name '{name}'{nearest(str(name), list(OBJECTIVES))}")
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        raise UserError(f"unknown objective.name '{quote(name)}'{nearest(quote(name), list(OBJECTIVES))}")
     if name not in _BUILT_IN_NAMES:
         return located(OBJECTIVES[name])(**settings)
     parsed: ObjectiveSettings = _BUILT_IN.validate_python(dict(settings))
@@ -172,10 +173,10 @@ def parse_objective(settings: Any) -> ObjectiveSettings:
 
 def located(import_path: str) -> type[ObjectiveSettings]:
     """The class of an objective, imported. Raises UserError where the path does not lead to one."""
-    where = f"objective.import_path = {import_path!r}"
-    if not isinstance(import_path, str) or import_path.count(":") != 1:
+    where = f"objective.import_path = '{quote(import_path)}'"
+    module_name, colon, class_name = import_path.partition(":") if isinstance(import_path, str) else ("", "", "")
+    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
         raise UserError(f"{where}: write it as package.module:Class")
-    module_name, _, class_name = import_path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except ImportError as error:

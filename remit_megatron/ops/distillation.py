@@ -29,6 +29,9 @@ class Teacher:
     """[s, b, h] inputs of the head, whole (not sharded over tensor or sequence parallelism)."""
     weight: Tensor
     """[L, h] this rank's rows of the head: the same columns of the vocabulary as the student's."""
+    valid_vocab: int | None = None
+    """Columns of all ranks, from the first on, that both models have: the two are compared over them alone. None: the
+    student's."""
     temperature: float = 1.0
     """Both models' logits are divided by it, for the KL only; not read by the comparison "top1"."""
     chunk_tokens: int = 1024
@@ -57,7 +60,9 @@ def nll_and_kl(
         teacher: the reference's distribution of the same tokens, and how it is compared.
         compared: [s, b] bool, the tokens whose comparison is wanted, the same on all ranks of tp_group; the others'
             is 0 and has no gradient. None: all. Waits for the device, to learn how many there are.
-        valid_vocab, tp_group: as in `token_nll`. Padding columns are in neither softmax.
+        valid_vocab, tp_group: as in `token_nll`. Padding columns are in neither softmax. Where the reference has fewer
+            rows than the student, or the student fewer, `teacher.valid_vocab` says how many both have: in the
+            comparison both softmaxes are over these, in the NLL the student's is over its own.
 
     Returns:
         [2, s, b] float32, differentiable in `logits`: the NLL, with the bits of `token_nll` in torch, and with q, p the
@@ -81,9 +86,11 @@ def nll_and_kl(
     assert teacher.temperature > 0, f"temperature must be positive, got {teacher.temperature}"
     assert teacher.top_k >= 0, f"top_k must not be negative, got {teacher.top_k}"
     shard = Shard.of(logits.shape[-1], valid_vocab, tp_group)
+    common = shard if teacher.valid_vocab is None else Shard.of(logits.shape[-1], teacher.valid_vocab, tp_group)
+    assert common.valid_vocab <= shard.valid_vocab, f"{common.valid_vocab} columns of {shard.valid_vocab} are common"
     parts = _parts(labels.numel(), compared, teacher.chunk_tokens)
-    comparison = _comparison(teacher, shard)
-    result: Tensor = _NLLAndKL.apply(logits, labels, teacher, comparison, parts, is_overwritable(logits))
+    comparison = _comparison(teacher, common)
+    result: Tensor = _NLLAndKL.apply(logits, labels, teacher, comparison, parts, shard, is_overwritable(logits))
     return result
 
 
@@ -95,6 +102,7 @@ class Comparison(Protocol):
     """
 
     shard: Shard
+    """Its valid columns are those compared."""
 
     def local_stats(self, x: Tensor, r: Tensor) -> Tensor:
         """[k, n] float32, what `combine` needs of a chunk of tokens."""
@@ -202,18 +210,19 @@ class _NLLAndKL(torch.autograd.Function):
         teacher: Teacher,
         comparison: Comparison,
         parts: _Parts,
+        shard: Shard,
         may_overwrite: bool,
     ) -> Tensor:
-        shard = comparison.shard
         lse, nll = combine_stats(torch_local_stats(logits, labels, shard), labels, shard)
         kl = torch.zeros(labels.numel(), dtype=torch.float32, device=logits.device)
-        stats = [comparison.local_stats(x, r) for _, x, r in _chunks(logits, teacher, parts, shard)]
+        stats = [comparison.local_stats(x, r) for _, x, r in _chunks(logits, teacher, parts, comparison.shard)]
         if stats:
             found = comparison.combine(torch.cat(stats, dim=1))
             for part in parts.compared:
                 kl[part.tokens] = found[part.place]
         ctx.save_for_backward(logits, labels, lse)
         ctx.teacher, ctx.comparison, ctx.parts, ctx.may_overwrite = teacher, comparison, parts, may_overwrite
+        ctx.shard = shard
         return torch.stack([nll, kl.view(labels.shape).masked_fill(labels == -100, 0.0)])
 
     @staticmethod
@@ -221,28 +230,29 @@ class _NLLAndKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
         teacher, comparison, parts, logits = ctx.teacher, ctx.comparison, ctx.parts, logits.detach()
-        shard = comparison.shard
+        shard, common = ctx.shard, comparison.shard
         out = logits if ctx.may_overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
         nll_factor = gradient_coefficient(upstream[0], labels, shard).flatten()
         kl_factor = upstream[1].float().masked_fill(labels == -100, 0.0).flatten() / _divisor(teacher)
         flat, flat_out, flat_labels, flat_lse = logits.flatten(0, 1), out.flatten(0, 1), labels.flatten(), lse.flatten()
-        for number, (part, x, r) in enumerate(_chunks(logits, teacher, parts, shard)):
+        for number, (part, x, r) in enumerate(_chunks(logits, teacher, parts, common)):
             tokens, factor = part.tokens, kl_factor[part.tokens, None]
             # Filled, not multiplied by 0: the logits of a masked token may be anything.
             of_kl = comparison.difference(number, part.place, x, r).mul_(factor).masked_fill_(factor == 0, 0.0)
             both = torch.empty(of_kl.shape[0], flat.shape[1], dtype=torch.float32, device=logits.device)
             torch_write_gradient(flat[tokens], flat_labels[tokens], flat_lse[tokens], nll_factor[tokens], shard, both)
-            both[:, : shard.num_valid] += of_kl
+            both[:, : common.num_valid] += of_kl
             flat_out[tokens] = both.to(out.dtype)
         for tokens in parts.others:
             rows = flat[tokens]
             torch_write_gradient(rows, flat_labels[tokens], flat_lse[tokens], nll_factor[tokens], shard, rows)
             flat_out[tokens] = rows
-        return out, None, None, None, None, None
+        return out, None, None, None, None, None, None
 
 
 def _chunks(logits: Tensor, teacher: Teacher, parts: _Parts, shard: Shard) -> Iterator[tuple[_Part, Tensor, Tensor]]:
-    """(tokens compared, student's and reference's valid logits over the temperature), the logits copies in float32."""
+    """(tokens compared, student's and reference's logits over the temperature, of the columns that are compared), the
+    logits copies in float32."""
     flat, hidden, divisor = logits.detach().flatten(0, 1), teacher.hidden.flatten(0, 1), _divisor(teacher)
     for part in parts.compared:
         reference = (hidden[part.tokens] @ teacher.weight.t())[:, : shard.num_valid]

@@ -39,6 +39,17 @@ class Shard:
         return flat.view(size, *values.shape)
 
 
+def cut_again(rows: Tensor, num_local: int, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Rows [L, h] that each rank holds of one matrix -> [num_local, h], the same matrix in another cut; zeros past its
+    last row. One all-gather, and the whole matrix for its time."""
+    whole = Shard.of(rows.shape[0], None, tp_group).of_all_ranks(rows).flatten(0, 1)
+    first = Shard.of(num_local, None, tp_group).first
+    found = whole[first : first + num_local]
+    again = rows.new_zeros(num_local, rows.shape[1])
+    again[: len(found)] = found
+    return again
+
+
 def check_labels(logits: Tensor, labels: Tensor) -> None:
     """Shapes and types only: looking at values would wait for the device."""
     assert labels.shape == logits.shape[:-1], f"labels {labels.shape} must be the leading shape of {logits.shape}"

@@ -5,12 +5,12 @@ conversations with one beginning. rl: `prompt` or `messages`, `ground_truth`, an
 as open-instruct has it, in `dataset`.
 """
 
+import codecs
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from remit_megatron.errors import UserError
@@ -32,38 +32,74 @@ class Problem:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Row]]:
-    """(place for messages, row) of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file; rows count from 1.
+    """(place for messages, row) of a .parquet file, or of JSON lines, also .gz, .zst or .zstd; rows count from 1.
 
     Raises UserError naming the file and the row.
     """
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         yield from _read_parquet(path)
         return
     number = 0
     try:
-        with _open(path) as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise UserError(f"{path}, row {number}: is no JSON object")
-                    yield f"{path}, row {number}", row
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}, row {number + 1}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        for number, line in enumerate(_lines(path), 1):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                yield f"{path}, row {number}", _object(text, f"{path}, row {number}")
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # of an archive, in the line after the last one
+        raise _unreadable(f"{path}, row {number + 1}", error) from None
     if number == 0:
         raise UserError(f"{path}: holds no rows")
 
 
-def _open(path: str) -> io.TextIOBase:
-    if path.endswith(".gz"):
-        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8")
-    if path.endswith(".zst"):
-        import zstandard
+def _object(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line.decode())
+    except ValueError as error:
+        raise _unreadable(where, error) from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: is no JSON object")
+    return row
 
-        packed = Path(path).open("rb")  # noqa: SIM115 - closed with the text
-        stream = zstandard.ZstdDecompressor().stream_reader(packed, closefd=True)
-        return io.TextIOWrapper(stream, encoding="utf-8")
-    return open(path, encoding="utf-8")
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: cannot be read: {' '.join(str(error).split())[:200]}")
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    """Of all members and frames of an archive. Raises OSError, EOFError, ValueError or zlib.error for one that is
+    damaged or cut."""
+    if path.lower().endswith(".gz"):
+        with gzip.open(path, "rb") as packed:
+            yield from packed
+    elif path.lower().endswith((".zst", ".zstd")):
+        rest = b""
+        for part in _frames(path):
+            *lines, rest = (rest + part).split(b"\n")
+            yield from lines
+        if rest:
+            yield rest
+    else:
+        with open(path, "rb") as plain:
+            yield from plain
+
+
+def _frames(path: str) -> Iterator[bytes]:
+    """The library's own stream reader ends in silence inside a frame that is cut."""
+    import zstandard
+
+    decompressor, frame = zstandard.ZstdDecompressor(max_window_size=1 << 31), None
+    with open(path, "rb") as file:
+        try:
+            while data := file.read(1 << 20):
+                while data:
+                    frame = frame or decompressor.decompressobj()
+                    yield frame.decompress(data)
+                    data = frame.unused_data if frame.eof else b""
+                    frame = None if frame.eof else frame
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from None
+    if frame is not None:
+        raise EOFError("it ends inside a frame")
 
 
 def _read_parquet(path: str) -> Iterator[tuple[str, Row]]:

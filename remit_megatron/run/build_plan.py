@@ -137,7 +137,7 @@ def find_model(path: str, key: str, recipe: Recipe) -> tuple[Path, Meta]:
     if is_hf_folder(path):
         return plan_conversion(path, recipe.run)
     checkpoint = resolve_checkpoint(path, key)
-    return checkpoint, read_meta(checkpoint)
+    return checkpoint, read_meta(checkpoint, recipe.model.vocab_size)
 
 
 def tokenizer_of(meta: Meta | None) -> str | None:

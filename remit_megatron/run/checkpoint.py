@@ -19,6 +19,8 @@ from typing import Any
 from remit_megatron.data import checksums
 from remit_megatron.data.files import fsync_folder, write_atomically, writing
 from remit_megatron.errors import DamagedError, UserError
+from remit_megatron.mcore.megatron_lm import checkpoint as megatron_lm
+from remit_megatron.mcore.megatron_lm.shapes import shape_of
 from remit_megatron.outside import quote, read_object
 from remit_megatron.shape import ModelShape
 
@@ -203,6 +205,8 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     folder = Path(path)
     if (folder / "meta.json").exists():
         return folder
+    if megatron_lm.is_megatron_lm(folder):
+        return megatron_lm.resolve(folder, key)
     if (folder / "checkpoints").is_dir():
         try:
             latest = CheckpointFolder(folder / "checkpoints", keep=1).latest()
@@ -213,8 +217,8 @@ def resolve_checkpoint(path: str, key: str) -> Path:
         raise UserError(f"{key} = '{path}': the run has no complete checkpoint yet")
     what = "is no checkpoint or run folder" if folder.exists() else "does not exist"
     raise UserError(
-        f"{key} = '{path}' {what}: name a checkpoint (a folder with meta.json), a run folder, or a Hugging Face folder "
-        "(with config.json)"
+        f"{key} = '{path}' {what}: name a checkpoint (a folder with meta.json, or one of Megatron-LM), a run "
+        "folder, or a Hugging Face folder (with config.json)"
     )
 
 
@@ -228,8 +232,14 @@ def write_meta(folder: Path, meta: Meta) -> None:
     write_atomically(folder / "meta.json", json.dumps(content, indent=1).encode())
 
 
-def read_meta(folder: Path) -> Meta:
-    """Raises UserError when meta.json is unreadable, of another format, damaged, or not of this checkpoint."""
+def read_meta(folder: Path, vocab_size: int | None = None) -> Meta:
+    """Raises UserError when meta.json is unreadable, of another format, damaged, or not of this checkpoint.
+
+    Of a checkpoint that Megatron-LM wrote, and that has no meta.json, it is made of its arguments; vocab_size: its rows
+    of the vocabulary without padding; default: all.
+    """
+    if not (folder / "meta.json").exists() and megatron_lm.is_megatron_lm(folder):
+        return describe(folder, vocab_size)
     try:
         fields = read_object(folder / "meta.json")
         if fields.get("format") == FORMAT:
@@ -256,6 +266,20 @@ def read_meta(folder: Path) -> Meta:
     return meta
 
 
+def describe(folder: Path, vocab_size: int | None = None) -> Meta:
+    """What a checkpoint of Megatron-LM says of itself. Raises UserError for a model that is not built here."""
+    arguments = megatron_lm.saved_arguments(folder)
+    shape = shape_of(arguments, folder, vocab_size)
+    iteration = re.fullmatch(r"iter_(\d+)", folder.name)
+    return Meta(
+        shape=shape.model_dump(),
+        step=int(iteration[1]) if iteration else 0,
+        precision="bf16" if getattr(arguments, "bf16", False) else "fp32",
+        distributed_optimizer=bool(getattr(arguments, "use_distributed_optimizer", False)),
+        origin={"format": megatron_lm.ORIGIN, "source": str(folder), "content": identity(folder)},
+    )
+
+
 def _manifest_digest(folder: Path) -> str:
     return hashlib.sha256((folder / checksums.NAME).read_bytes()).hexdigest()
 
@@ -265,7 +289,8 @@ def identity(folder: Path) -> str:
 
     Two steps of one run differ in it, and so do two models; a large checkpoint is not read whole.
     """
-    digest = hashlib.sha256((folder / "meta.json").read_bytes())
+    described = folder / "meta.json"
+    digest = hashlib.sha256((described if described.exists() else folder / megatron_lm.METADATA).read_bytes())
     for path in sorted(folder.glob("*.distcp")):
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)

@@ -28,7 +28,8 @@ def check_tokenizers(recipe: Recipe, plan: BuildPlan, infos: Sequence[DatasetInf
         return None
     if not all(same_tokenizer(found, other) for other in hashes.values()):
         raise UserError(f"data.train: the datasets were made with different tokenizers: {', '.join(map(str, hashes))}")
-    for key, meta in (("model.init", plan.init_meta), ("reference.path", plan.reference_meta)):
+    own = f"checkpoint {plan.resume}" if plan.resume else "model.init"
+    for key, meta in ((own, plan.init_meta), ("reference.path", plan.reference_meta)):
         if meta and meta.tokenizer and not same_tokenizer(meta.tokenizer, found):
             raise UserError(f"{key}: it was trained with another tokenizer than that of data.train")
         converted = meta.origin.get("tokenizer") if meta and meta.origin else None

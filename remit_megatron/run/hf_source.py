@@ -17,6 +17,7 @@ from remit_megatron.hf.mapping import read_shape
 from remit_megatron.hf.tokenizer import has_tokenizer
 from remit_megatron.run.checkpoint import Meta
 
+FORMAT = "huggingface"
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -40,12 +41,12 @@ def origin(folder: HFFolder, content_key: str, dtype: str) -> dict[str, str]:
     dtype: of the converted weights: float32 or bfloat16.
     """
     known = {"tokenizer": tokenizer_hash(folder.path)} if has_tokenizer(folder.path) else {}
-    return {"format": "huggingface", "source": str(folder.path), "content": content_key, "dtype": dtype, **known}
+    return {"format": FORMAT, "source": str(folder.path), "content": content_key, "dtype": dtype, **known}
 
 
 def ensure_converted(checkpoint: Path, meta: Meta | None) -> None:
     """Convert what `plan_conversion` planned, unless it is there. Collective. Raises UserError with the reason."""
-    if meta is None or meta.origin is None:
+    if meta is None or meta.origin is None or meta.origin["format"] != FORMAT:
         return
     problem = _from_first_rank(lambda: _convert(meta.origin["source"], checkpoint))  # type: ignore[index]
     if problem:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from remit_megatron.data.tokenizer import same_tokenizer
 from remit_megatron.errors import UserError
 from remit_megatron.run.checkpoint import Meta, read_meta
 from remit_megatron.run.folder import settings_digest
@@ -54,10 +55,11 @@ def _fresh(ready: Ready, held_out: Mapping[str, str]) -> Meta:
 
 def _resumed(path: Path, saved: Meta, fresh: Meta) -> Standing:
     for key in SAME:
-        if getattr(saved, key) != getattr(fresh, key):
+        was, found = getattr(saved, key), getattr(fresh, key)
+        if was != found and not (key == "tokenizer" and was and found and same_tokenizer(was, found)):
             raise UserError(
-                f"checkpoint {path}: its {key} is {getattr(saved, key)}, this start has {getattr(fresh, key)}: "
-                "restore what changed, or start another run folder"
+                f"checkpoint {path}: its {key} is {was}, this start has {found}: restore what changed, or start "
+                "another run folder"
             )
     # By content, in the order of data.train: the same data may have come to lie elsewhere.
     if list(saved.data.values()) != list(fresh.data.values()):

@@ -1,7 +1,7 @@
-"""One block of scores as a file: what it belongs to, counts, a checksum, then uint16 quanta [samples, s].
+"""One block of scores as a file: what it belongs to, counts, a checksum, then a row for each sample (record.py).
 
 The checksum covers everything else in the file. Blocks of the first format name no manifest, and their checksum covers
-the quanta alone: whether they are those of the folder, only scoring samples again tells.
+the rows alone: whether they are those of the folder, only scoring samples again tells.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ MAGIC, UNBOUND_MAGIC = b"RMSCORE2", b"RMSCORE1"
 COUNTS = struct.Struct("<8sIQIIQQ")
 HASH_BYTES = 32
 HEADER_BYTES = COUNTS.size + 2 * HASH_BYTES
-"""Before the quanta, in what `pack` writes."""
+"""Before the rows, in what `pack` writes."""
 REMEDY = "delete it and run `remit score` again"
 
 
@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
 
 class BlockHeader(NamedTuple):
-    """What a block's file says before its quanta."""
+    """What a block's file says before its rows."""
 
     magic: bytes
     source: int
@@ -49,14 +49,15 @@ class BlockHeader(NamedTuple):
     """SHA-256 of what the scores depend on; see `CacheManifest.belongs_to`. None in the first format."""
     checksum: bytes
     size: int
-    """Bytes before the quanta."""
+    """Bytes before the rows."""
 
 
-def pack(block: Block, quanta: np.ndarray, mask: np.ndarray, belongs_to: bytes) -> bytes:
-    """The file of a block. quanta [samples, s] of int32 in [0, 65535]; mask [samples, s], nonzero where scored."""
+def pack(block: Block, rows: np.ndarray, quanta: np.ndarray, mask: np.ndarray, belongs_to: bytes) -> bytes:
+    """The file of a block. rows [samples]: all that is kept; quanta [samples, s] of int32 in [0, 65535]: the label's
+    scores among it; mask [samples, s], nonzero where scored."""
     saturated, tokens = int(((quanta == LARGEST) & (mask > 0)).sum()), int((mask > 0).sum())
     head = COUNTS.pack(MAGIC, block.source, block.first, *quanta.shape, saturated, tokens) + belongs_to
-    payload = quanta.astype("<u2").tobytes()
+    payload = rows.tobytes()
     return head + hashlib.sha256(head + payload).digest() + payload
 
 
@@ -84,17 +85,17 @@ def check_header(path: Path, header: BlockHeader, block: Block, length: int, bel
         )
 
 
-def verified(path: Path, stream: BinaryIO, header: BlockHeader) -> np.ndarray:
-    """The quanta [samples, s], mapped, after a look at every byte. Raises RunError where one has changed."""
-    shape = (header.samples, header.length)
-    if os.fstat(stream.fileno()).st_size != header.size + 2 * shape[0] * shape[1]:
+def verified(path: Path, stream: BinaryIO, header: BlockHeader, row: np.dtype) -> np.ndarray:
+    """The rows [samples], mapped, after a look at every byte. Raises RunError where one has changed."""
+    count = header.samples * row.itemsize
+    if os.fstat(stream.fileno()).st_size != header.size + count:
         raise RunError(f"{path}: its size is not that of its content; {REMEDY}")
-    quanta: np.ndarray = np.memmap(stream, dtype="<u2", mode="r", offset=header.size, shape=shape)
+    content: np.ndarray = np.memmap(stream, dtype=np.uint8, mode="r", offset=header.size, shape=(count,))
     digest = hashlib.sha256()
     if header.belongs_to is not None:
         stream.seek(0)
         digest.update(stream.read(header.size - HASH_BYTES))
-    digest.update(np.ascontiguousarray(quanta).data)
+    digest.update(content.data)
     if digest.digest() != header.checksum:
         raise RunError(f"{path}: its SHA-256 is not the one in its header, so it was damaged; {REMEDY}")
-    return quanta
+    return content.view(row.base).reshape(header.samples, *row.shape)

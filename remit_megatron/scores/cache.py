@@ -1,7 +1,8 @@
-"""Reference scores on disk: 2 bytes a token, in blocks with checksums, keyed by source and number of the sample.
+"""Reference scores on disk, in blocks with checksums, keyed by source and number of the sample: 2 bytes a token, more
+where K tokens of its distribution are kept too.
 
 PATH/manifest.json              what the scores belong to, and how many samples of each source are scored
-PATH/source-000/00000012.scores one block (scores/block.py): what it belongs to, a checksum, uint16 [samples, s]
+PATH/source-000/00000012.scores one block (scores/block.py): what it belongs to, a checksum, a row for each sample
 
 A block's file is complete or absent, and its bytes follow from the manifest and its number alone. So scoring resumes
 after any kill, shards work in one folder or are merged by copying their files together, and the result is the same.
@@ -20,6 +21,7 @@ from remit_megatron.errors import RunError, UserError
 from remit_megatron.ops.score_quanta import LARGEST, QUANTA_PER_NAT
 from remit_megatron.scores.block import REMEDY, Block, BlockHeader, check_header, pack, read_header, verified
 from remit_megatron.scores.manifest import CacheManifest, SourceScores, check_same
+from remit_megatron.scores.record import pack_rows, stored_row
 
 BLOCK_BYTES = 4 << 20
 VERIFY_BYTES = 256 << 20
@@ -41,9 +43,10 @@ def _block(manifest: CacheManifest, source: int, number: int) -> Block:
     return Block(source, number, first, min(manifest.block_samples, manifest.sources[source].samples - first))
 
 
-def block_samples(sequence_length: int) -> int:
-    """Samples a block: BLOCK_BYTES of them."""
-    return max(1, BLOCK_BYTES // (2 * sequence_length))
+def with_block_samples(manifest: CacheManifest) -> CacheManifest:
+    """With so many samples a block that it has BLOCK_BYTES."""
+    size = max(1, BLOCK_BYTES // stored_row(manifest).itemsize)
+    return manifest.model_copy(update={"block_samples": size})
 
 
 class ScoreCache:
@@ -86,8 +89,9 @@ class ScoreCache:
         with locked(path, busy=f"{self.folder}: another process scores this shard: wait for it or stop it"):
             yield
 
-    def write_block(self, block: Block, quanta: np.ndarray, mask: np.ndarray) -> None:
-        """quanta [samples, s] of int32 in [0, 65535]; mask [samples, s], nonzero where a token is scored.
+    def write_block(self, block: Block, quanta: np.ndarray, mask: np.ndarray, planes: np.ndarray | None = None) -> None:
+        """quanta [samples, s] of int32 in [0, 65535]; mask [samples, s], nonzero where a token is scored; planes
+        [P, samples, s] of the distribution, where it is kept, as `record.to_planes` makes them.
 
         Raises RunError for a score that is not a number, and where the disk refuses.
         """
@@ -97,10 +101,12 @@ class ScoreCache:
                 f"the reference's score of sample {block.first + sample}, position {position} of source {block.source} "
                 "is not a number: its weights or its precision are broken"
             )
+        assert (planes is None) == (self.manifest.distribution is None), "the manifest says what is kept"
         path = self._path(block.source, block.number)
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-        write_atomically(path, pack(block, quanta, mask, self.manifest.belongs_to(block.source)))
+        rows = pack_rows(stored_row(self.manifest), quanta, planes)
+        write_atomically(path, pack(block, rows, quanta, mask, self.manifest.belongs_to(block.source)))
 
     def is_whole(self, block: Block) -> bool:
         """Whether a block is there and undamaged."""
@@ -119,10 +125,12 @@ class ScoreCache:
         """Open for a run whose scores would have the manifest `wanted`.
 
         Its sources may be some of the cache's, in any order, and others may go on with the cache meanwhile: what counts
-        is what this run needs. Raises UserError naming what differs and, with `verify`, a block that is missing or
-        damaged, or saturation.
+        is what this run needs; labels' scores alone are read beside distributions too. Raises UserError naming what
+        differs and, with `verify`, a block that is missing or damaged, or saturation.
         """
         found = CacheManifest.read(folder, key)
+        if wanted.distribution is None:
+            wanted = wanted.model_copy(update={"distribution": found.distribution})
         check_same(found, wanted, folder, key, sources=False)
         cache = ScoreCache(folder, found, key)
         cache._sources = [cache._source_of(i, one) for i, one in enumerate(wanted.sources)]
@@ -141,6 +149,11 @@ class ScoreCache:
 
     def quanta(self, source: int, number: int) -> np.ndarray:
         """The same as it is stored, [s] uint16."""
+        row: np.ndarray = self.row(source, number)
+        return row if self.manifest.distribution is None else row["nll"]
+
+    def row(self, source: int, number: int) -> np.ndarray:
+        """All that is kept of one sample, as `record.stored_row` says. Raises RunError for a damaged block."""
         index, row = divmod(number, self.manifest.block_samples)
         place = self._sources[source], index
         if place not in self._maps:
@@ -237,7 +250,7 @@ class ScoreCache:
             )
         self.check_saturation()
         blocks = blocks_of(self.manifest)
-        if sum(b.samples for b in blocks) * self.manifest.sequence_length * 2 <= VERIFY_BYTES:
+        if sum(b.samples for b in blocks) * stored_row(self.manifest).itemsize <= VERIFY_BYTES:
             try:
                 for block in blocks:
                     self._verified(block)
@@ -268,6 +281,6 @@ class ScoreCache:
             return header
 
     def _verified(self, block: Block) -> np.ndarray:
-        """A block's quanta [samples, s], mapped, after a look at every byte."""
+        """A block's rows [samples], mapped, after a look at every byte."""
         with self._opened(block) as (header, stream):
-            return verified(self._path(block.source, block.number), stream, header)
+            return verified(self._path(block.source, block.number), stream, header, stored_row(self.manifest))

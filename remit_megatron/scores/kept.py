@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from remit_megatron.run.process import from_rank_0
 from remit_megatron.scores.cache import ScoreCache, blocks_of
 from remit_megatron.scores.cached import Cached
 from remit_megatron.scores.manifest import CacheManifest
+from remit_megatron.scores.record import num_planes, to_planes
 from remit_megatron.scores.source import Filled, ScoreSource
 
 KEY = "reference.write_scores"
@@ -35,15 +35,17 @@ class Kept:
         manifest = from_rank_0(lambda: ScoreCache.begin(folder, manifest, KEY).manifest, self._device)
         self.cache = ScoreCache(folder, manifest, KEY)
         self._inner = inner
-        self._disk = Cached(self.cache, ready.groups, self._device)
+        kept = manifest.distribution
+        self._disk = Cached(self.cache, ready.groups, self._device, distribution=kept is not None)
+        self._planes = num_planes(kept)
         self._recipe = ready.recipe
         self._order = ready.data.order
         self._groups = ready.groups
         self._deal = ready.deal
         self._writes = ready.groups.counts_loss and ready.groups.dp_cp.rank() == 0
         self._blocks = {(block.source, block.number): block for block in blocks_of(manifest)}
-        self._unfinished: dict[tuple[int, int], dict[int, tuple[np.ndarray, np.ndarray]]] = {}
-        """Blocks by source and number: quanta and mask of the rows that they have so far."""
+        self._unfinished: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+        """Blocks by source and number: quanta, mask and planes [2 + P, s] of the rows that they have so far."""
 
     def want(self, step: int, *, done: bool = False) -> None:
         self._inner.want(step, done=done)
@@ -67,25 +69,26 @@ class Kept:
             assert microbatch.scores is not None
             assert microbatch.scores.ref_nll is not None
             mask = self._deal.cut(microbatch.loss_mask.to(self._device)).int()
-            parts.append(torch.stack([quantise(microbatch.scores.ref_nll), mask]))
+            part = torch.stack([quantise(microbatch.scores.ref_nll), mask])
+            parts.append(torch.cat([part, to_planes(microbatch.scores)]) if self._planes else part)
         length = self._recipe.data.sequence_length
-        whole = torch.zeros(2, len(samples), length, dtype=torch.int32, device=self._device)
+        whole = torch.zeros(2 + self._planes, len(samples), length, dtype=torch.int32, device=self._device)
         self._deal.collect(parts, whole, lambda x: dist.all_reduce(x, group=self._groups.dp_cp))
         if self._writes:
-            quanta, masks = whole.cpu().numpy()
+            found = whole.cpu().numpy()
             for row, sample in enumerate(samples):
-                self._keep_sample(*sample, quanta[row], masks[row])
+                self._keep_sample(*sample, found[:, row])
 
-    def _keep_sample(self, source: int, number: int, quanta: np.ndarray, mask: np.ndarray) -> None:
+    def _keep_sample(self, source: int, number: int, kept: np.ndarray) -> None:
         if self.cache.has(source, number):
             return
         index, row = divmod(number, self.cache.manifest.block_samples)
         rows = self._unfinished.setdefault((source, index), {})
-        rows[row] = quanta, mask
+        rows[row] = kept
         block = self._blocks[source, index]
         if len(rows) == block.samples:
-            parts: Any = [np.stack([rows[i][which] for i in range(block.samples)]) for which in (0, 1)]
-            self.cache.write_block(block, *parts)
+            whole = np.stack([rows[i] for i in range(block.samples)], axis=1)
+            self.cache.write_block(block, whole[0], whole[1], whole[2:] if self._planes else None)
             del self._unfinished[source, index]
 
     def close(self) -> None:

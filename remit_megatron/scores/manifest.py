@@ -5,9 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from remit_megatron.data.files import write_atomically
+from remit_megatron.data.tokenizer import same_tokenizer
 from remit_megatron.errors import UserError
 
 FORMAT = 1
@@ -22,6 +30,19 @@ class SourceScores(BaseModel):
     """Of the dataset."""
     samples: int = Field(ge=0)
     """Samples from number 0 on that are scored, or will be."""
+
+
+class KeptDistribution(BaseModel):
+    """What is kept of each token's distribution, beside the label's score."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    top_k: int = Field(ge=1)
+    """Most probable tokens."""
+    temperature: float
+    """It divides the logits, also for the entropy."""
+    vocab_size: int = Field(ge=1)
+    """It decides how many bits an id takes."""
 
 
 class CacheManifest(BaseModel):
@@ -44,7 +65,17 @@ class CacheManifest(BaseModel):
     eod_id: int | None
     """Where one of the two masks is in use."""
     block_samples: int = Field(ge=1)
+    distribution: KeptDistribution | None = None
+    """None: the label's score alone is kept."""
     sources: tuple[SourceScores, ...]
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_kept(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Files of labels' scores say nothing of distributions, as those that were made before there were any."""
+        content: dict[str, Any] = handler(self)
+        if self.distribution is None:
+            content.pop("distribution", None)
+        return content
 
     def belongs_to(self, source: int) -> bytes:
         """SHA-256 of all that scores of one source depend on; not of how many there are, nor of other sources."""
@@ -106,8 +137,23 @@ def first_difference(found: CacheManifest, wanted: CacheManifest) -> tuple[str, 
     }
     for name, words in names.items():
         a, b = getattr(found, name), getattr(wanted, name)
-        if a != b:
+        one_tokenizer = name == "tokenizer" and a and b and same_tokenizer(a, b)
+        if a != b and not one_tokenizer:
             return words, _short(a), _short(b)
+    return _other_distribution(found.distribution, wanted.distribution)
+
+
+def _other_distribution(found: KeptDistribution | None, wanted: KeptDistribution | None) -> tuple[str, Any, Any] | None:
+    if found is None or wanted is None:
+        ours, theirs = (one.top_k if one is not None else 0 for one in (found, wanted))
+        return ("reference.distribution", ours, theirs) if found != wanted else None
+    for name, words in (
+        ("top_k", "reference.distribution"),
+        ("temperature", "the temperature of the distribution and its entropy (objective.temperature)"),
+        ("vocab_size", "the reference's vocabulary"),
+    ):
+        if getattr(found, name) != getattr(wanted, name):
+            return words, getattr(found, name), getattr(wanted, name)
     return None
 
 

@@ -43,7 +43,7 @@ def open_source(
         cache = open_cache(ready, Path(settings.scores), "reference.scores")
         if reference is not None:
             Scorer(ready, reference).check(cache, settings.check_samples)
-        return Cached(cache, ready.groups, ready.process.device)
+        return Cached(cache, ready.groups, ready.process.device, distribution=settings.distribution > 0)
     source: ScoreSource | None = Online(frozen, objective) if reference is not None else None
     if settings.queue is not None:
         source = Queued(ready, manifest, source, say)
@@ -62,7 +62,9 @@ def frozen_reference(ready: Ready, reference: Reference | None) -> FrozenReferen
         groups=ready.groups,
         merge_microbatches=settings.merge_microbatches,
         round_scores=settings.rounds,
+        common_vocab=ready.plan.common_rows,
         graph=Replayed() if settings.cuda_graph else None,
+        top_k=settings.distribution,
     )
 
 

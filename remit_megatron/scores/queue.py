@@ -3,7 +3,7 @@
 FOLDER/run.json               by the run: what its scores must be, and the step that it needs next
 FOLDER/.run.lock              held by the run: one folder serves one run at a time
 FOLDER/scorer.json            by the scorer: what its scores are, a counter that moves with its work, what is ready
-FOLDER/step-00000012.scores   by the scorer, which also removes it: SHA-256, ids of the samples, float32 NLL [n, s]
+FOLDER/step-00000012.scores   by the scorer, which also removes it: SHA-256, ids of the samples, a row for each of them
 
 Each file has one writer, which replaces it whole; so there is nothing to lock, and a killed writer leaves the old one.
 Nothing depends on the hosts' clocks: a reader measures, with its own, how long the counter has stood still. Nothing is
@@ -19,16 +19,18 @@ import os
 import struct
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from remit_megatron.data.files import clear_dead, is_held, temporary_name, writing
 from remit_megatron.errors import UserError
+from remit_megatron.outside import read_bytes
 from remit_megatron.scores.manifest import CacheManifest, first_difference
+from remit_megatron.scores.record import queued_row
 
 KEY = "reference.queue"
 RUN_LOCK = ".run.lock"
@@ -72,7 +74,9 @@ class QueueManifest(BaseModel):
             )
         if found:
             return f"{found[0]} ({found[1]} there, {found[2]} here)"
-        return None if self == other else "the datasets of data.train"
+        tokenizer = {"tokenizer": other.scores.tokenizer}  # of two names one tokenizer by now
+        renamed = self.model_copy(update={"scores": self.scores.model_copy(update=tokenizer)})
+        return None if renamed == other else "the datasets of data.train"
 
 
 class RunState(NamedTuple):
@@ -81,7 +85,7 @@ class RunState(NamedTuple):
     name: str
     """Of this start of the run, drawn then."""
     manifest: QueueManifest
-    position: int
+    position: Annotated[int, Field(ge=1)]
     """The step whose scores the run needs next."""
     done: bool
 
@@ -96,6 +100,10 @@ class ScorerState(NamedTuple):
     ready: tuple[int, ...]
     """Steps whose files may be opened."""
     ended: bool
+
+
+S = TypeVar("S", RunState, ScorerState)
+RUN_STATE, SCORER_STATE = TypeAdapter(RunState), TypeAdapter(ScorerState)
 
 
 class Look(NamedTuple):
@@ -135,7 +143,8 @@ class RunSide:
         _replace(self.folder / "run.json", json.dumps(content).encode())
 
     def look(self, step: int, samples: Sequence[SampleNumber]) -> Look:
-        """A step's scores [n, s] float32 nats, if they are there. Raises UserError where they are of other samples."""
+        """A step's scores, as `write_step` was given them, if they are there. Raises UserError where they are of other
+        samples."""
         state, now = _read_scorer(self.folder) or self._state, self._clock()
         if state is None:
             return Look(reason="no scorer has come yet")
@@ -145,7 +154,7 @@ class RunSide:
         if different:
             return Look(reason=f"the scorer in {self.folder} makes other scores: {different}")
         if step in state.ready:
-            scores = self._read(step, samples)
+            scores = self._read(step, samples, state.manifest)
             if scores is not None:
                 return Look(scores=scores)
             if self._unreadable is None or self._unreadable[0] != step:
@@ -162,8 +171,9 @@ class RunSide:
             else Look(reason=f"the scorer has not moved for {still_s:.0f} s")
         )
 
-    def _read(self, step: int, samples: Sequence[SampleNumber]) -> np.ndarray | None:
-        found = read_step(self.folder, step, self.manifest)
+    def _read(self, step: int, samples: Sequence[SampleNumber], written: QueueManifest) -> np.ndarray | None:
+        """written: what the scorer says of its scores, which may name the tokenizer otherwise."""
+        found = read_step(self.folder, step, written)
         if found is None:
             return None
         ids, scores = found
@@ -192,12 +202,9 @@ class ScorerSide:
         run = _read_run(folder)
         over = run and (run.done or (run.manifest.difference(manifest) and not is_held(folder / RUN_LOCK)))
         self._over = run.name if run and over else None
-        found = [int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.scores")]
+        found = _steps(folder)
         self._ready = {step for step in found if read_step(folder, step, manifest) is not None}
-        self._remove(step for step in found if step not in self._ready)
-        for path in folder.glob(".step-*.tmp"):  # of a scorer that was killed: the only one holds its lock
-            path.unlink(missing_ok=True)
-        clear_dead(folder)
+        clear_scores(folder, keep=self._ready)
 
     def next(self) -> tuple[int | None, bool]:
         """(step to be scored now, or None where there is none; whether the run is done). Beats.
@@ -246,28 +253,49 @@ class ScorerSide:
                 _path(self.folder, step).unlink()
 
 
+def clear_scores(folder: Path, keep: Collection[int] = ()) -> None:
+    """Remove the steps' files, but those of `keep`, and what killed writers have left. For the only scorer."""
+    unfinished = folder.glob(".step-*.tmp")  # no other is alive that could be writing them
+    for path in (*(_path(folder, step) for step in _steps(folder) if step not in keep), *unfinished):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    clear_dead(folder)
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(path.stem.removeprefix("step-")) for path in folder.glob(f"step-{'[0-9]' * 8}.scores")]
+
+
 def write_step(
     folder: Path, step: int, manifest: QueueManifest, samples: Sequence[SampleNumber], scores: np.ndarray
 ) -> None:
-    """Raises RunError where the disk refuses."""
-    payload = np.asarray(samples, dtype="<i8").tobytes() + scores.astype("<f4").tobytes()
-    header = HEADER.pack(MAGIC, step, *scores.shape, manifest.digest, hashlib.sha256(payload).digest())
+    """scores: NLL [n, s] float32, or records [n] of `record.queued_row`. Raises RunError where the disk refuses."""
+    row = queued_row(manifest.scores)
+    scores = np.asarray(scores, dtype=row.base)
+    assert scores.shape[1:] == row.shape, f"{scores.shape[1:]} is not the shape of a sample's scores, {row.shape}"
+    payload = np.asarray(samples, dtype="<i8").tobytes() + scores.tobytes()
+    header = HEADER.pack(
+        MAGIC, step, len(scores), manifest.scores.sequence_length, manifest.digest, hashlib.sha256(payload).digest()
+    )
     _replace(_path(folder, step), header + payload)
 
 
 def read_step(folder: Path, step: int, manifest: QueueManifest) -> tuple[np.ndarray, np.ndarray] | None:
-    """(ids [n, 2] int64, NLL [n, s] float32) of a step; None where the file is absent, damaged or of other scores."""
+    """(ids [n, 2] int64, scores as `write_step` takes them) of a step; None where the file is absent, damaged or of
+    other scores."""
     try:
         content = _path(folder, step).read_bytes()
         magic, number, samples, length, digest, checksum = HEADER.unpack_from(content)
     except (OSError, struct.error):
         return None
     payload = memoryview(content)[HEADER.size :]
-    fits = (magic, number, digest) == (MAGIC, step, manifest.digest) and len(payload) == samples * (16 + 4 * length)
+    row, wanted = queued_row(manifest.scores), (MAGIC, step, manifest.digest, manifest.scores.sequence_length)
+    fits = (magic, number, digest, length) == wanted and len(payload) == samples * (16 + row.itemsize)
     if not fits or hashlib.sha256(payload).digest() != checksum:
         return None
     ids = np.frombuffer(payload, dtype="<i8", count=2 * samples).reshape(samples, 2)
-    return ids, np.frombuffer(payload, dtype="<f4", offset=16 * samples).reshape(samples, length)
+    scores = np.frombuffer(payload, dtype=row.base, offset=16 * samples)
+    return ids, scores.reshape(samples, *row.shape)
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -275,32 +303,18 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _read_run(folder: Path) -> RunState | None:
-    content = _read_json(folder / "run.json")
-    try:
-        return content and RunState(content["name"], _manifest(content), content["position"], content["done"])
-    except (KeyError, ValidationError):
-        return None
+    return _read(folder / "run.json", RUN_STATE)
 
 
 def _read_scorer(folder: Path) -> ScorerState | None:
-    content = _read_json(folder / "scorer.json")
+    return _read(folder / "scorer.json", SCORER_STATE)
+
+
+def _read(path: Path, kind: TypeAdapter[S]) -> S | None:
+    """None where the file is absent or damaged, or the file system has lost it while it was replaced."""
     try:
-        return content and ScorerState(
-            _manifest(content), content["name"], content["beat"], tuple(content["ready"]), content["ended"]
-        )
-    except (KeyError, ValidationError):
-        return None
-
-
-def _manifest(content: dict[str, Any]) -> QueueManifest:
-    return QueueManifest.model_validate_json(json.dumps(content["manifest"]))
-
-
-def _read_json(path: Path) -> Any:
-    """None where the file is absent, or the file system has lost it while it was replaced."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return kind.validate_json(read_bytes(path), strict=True)
+    except (UserError, ValidationError):
         return None
 
 

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -15,7 +16,8 @@ from remit_megatron.ops.score_quanta import round_to_quanta
 from remit_megatron.run.prepare import Ready
 from remit_megatron.run.process import from_rank_0
 from remit_megatron.scores.manifest import CacheManifest
-from remit_megatron.scores.queue import KEY, RUN_LOCK, QueueManifest, RunSide
+from remit_megatron.scores.queue import KEY, RUN_LOCK, Look, QueueManifest, RunSide
+from remit_megatron.scores.record import from_planes, queued_row, unpack_planes
 from remit_megatron.scores.source import Filled, ScoreSource
 
 POLL_S = 0.02
@@ -60,20 +62,34 @@ class Queued:
         self._say = say
         self._held = contextlib.ExitStack()
         self._is_held = False
+        """Of rank 0."""
+        self._refused: str | None = None
+        """Why the scorer could not be told last which step is needed."""
         self._side = RunSide(self._recipe.queue_folder, queue_manifest(self._recipe, manifest), self._timeout_s)
-        self._found: torch.Tensor | None = None
+        self._row = queued_row(manifest)
+        self._found: np.ndarray | None = None
         self._waited = False
 
     def want(self, step: int, *, done: bool = False) -> None:
         """Tell the scorer which step is needed next. The first time, the folder becomes this run's.
 
-        Raises UserError where another run uses it.
+        Raises UserError where another run uses it, RunError where it cannot be written and the recipe says to stop.
         """
-        if not self._is_held:
-            from_rank_0(self._claim, self._device)
-            self._is_held = True
         self._is_without = False
-        from_rank_0(lambda: self._side.publish(step, done=done), self._device)
+        from_rank_0(lambda: self._publish(step, done=done), self._device)
+
+    def _publish(self, step: int, *, done: bool = False) -> None:
+        """On rank 0. A disk that refuses it costs a run that can do without a scorer nothing but the scorer."""
+        try:
+            if not self._is_held:
+                self._claim()
+                self._is_held = True
+            self._side.publish(step, done=done)
+            self._refused = None
+        except RunError as error:
+            if self._otherwise is None:
+                raise
+            self._refused = str(error)
 
     def _claim(self) -> None:
         folder = self._recipe.queue_folder
@@ -106,10 +122,12 @@ class Queued:
         self._waited = False
         while True:
             look = self._side.look(step, samples)
+            if self._refused and look.scores is None:  # it would be waited for without end
+                look = Look(reason=self._refused)
             if look.scores is not None or (look.reason and self._otherwise):
-                self._found = None if look.scores is None else torch.from_numpy(look.scores.copy())
+                self._found = look.scores
                 # Needed from here on is the next one; a scorer need not begin with a step that is scored here.
-                self._side.publish(step + 1)
+                self._publish(step + 1)
                 return look.reason
             if not look.wait and time.perf_counter() - started > self._timeout_s:
                 raise RunError(
@@ -131,19 +149,37 @@ class Queued:
         self._is_without = is_without
 
     def _filled(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
-        """From what rank 0 has found: scores of the whole step, of which each rank takes its own."""
-        shape = (self._recipe.global_batch_samples, self._recipe.data.sequence_length)
-        scores = self._found if self._found is not None else torch.empty(shape)
-        scores = scores.to(self._device)
-        dist.broadcast(scores, src=0)
+        """From what rank 0 has found: all ranks' samples of one microbatch after the other, of which each rank takes
+        its own."""
+        count, filled = self._recipe.global_batch_samples, []
+        size = self._deal.turn_samples
+        turns: list[np.ndarray | None] = [None] * (count // size)
+        if self._found is not None:
+            found = np.ascontiguousarray(self._found).view(np.uint8).reshape(count, self._row.itemsize)
+            turns = list(found.copy().reshape(-1, size, self._row.itemsize))
         self._found = None
-        if not self._is_last_stage:
-            return list(microbatches)
+        for i, (turn, microbatch) in enumerate(zip(turns, microbatches, strict=True)):
+            shape = (size, self._row.itemsize)
+            content = torch.empty(shape, dtype=torch.uint8) if turn is None else torch.from_numpy(turn)
+            content = content.to(self._device)
+            dist.broadcast(content, src=0)
+            mine = self._deal.rows(i)
+            rows = content[mine.start - i * size : mine.stop - i * size]
+            filled.append(microbatch.with_scores(self._scores(rows, microbatch)) if self._is_last_stage else microbatch)
+        return filled
+
+    def _scores(self, rows: torch.Tensor, microbatch: Microbatch) -> Scores:
+        """Of this rank's positions. rows: [b, bytes] uint8."""
+        records = rows.cpu().numpy().reshape(-1).view(self._row.base).reshape(len(rows), *self._row.shape)
+        is_kept = records.dtype.names is not None
+        nll = torch.from_numpy(np.ascontiguousarray(records["nll"] if is_kept else records))
+        ref_nll = self._deal.cut(nll).to(self._device)
         if self._rounds:
-            scores = round_to_quanta(scores)
-        rows = self._deal.microbatches(len(microbatches))
-        parts = [self._deal.cut(scores[mine.start : mine.stop]) for mine in rows]
-        return [one.with_scores(Scores(ref_nll=part)) for one, part in zip(microbatches, parts, strict=True)]
+            ref_nll = round_to_quanta(ref_nll)
+        if not is_kept:
+            return Scores(ref_nll=ref_nll)
+        planes = torch.stack([self._deal.cut(plane) for plane in unpack_planes(records)]).to(self._device)
+        return from_planes(planes, self._deal.cut(microbatch.labels), ref_nll)
 
     def close(self) -> None:
         """Let another run use the folder."""

@@ -11,18 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from remit_megatron.config import Recipe
+from remit_megatron.data.microbatch import Microbatch, Scores
 from remit_megatron.data.steps import stack
 from remit_megatron.errors import UserError
 from remit_megatron.mcore import passes
 from remit_megatron.mcore.datasets import TrainingData
 from remit_megatron.mcore.graph import Replayed
 from remit_megatron.ops.score_quanta import QUANTA_PER_NAT, quantise
+from remit_megatron.ops.shard import IGNORED_LABEL
 from remit_megatron.run.build_plan import BuildPlan
 from remit_megatron.run.prepare import Ready
 from remit_megatron.run.process import from_rank_0, largest_of_ranks
 from remit_megatron.run.reference import Reference
-from remit_megatron.scores.cache import ScoreCache, block_samples
-from remit_megatron.scores.manifest import CacheManifest, SourceScores
+from remit_megatron.scores.cache import ScoreCache, with_block_samples
+from remit_megatron.scores.manifest import CacheManifest, KeptDistribution, SourceScores
+from remit_megatron.scores.record import num_planes, to_planes
 
 SampleNumber = tuple[int, int]
 """Source and number of the sample in it."""
@@ -50,7 +53,7 @@ def manifest_of(recipe: Recipe, plan: BuildPlan, data: TrainingData, tokenizer: 
     assert plan.reference_identity is not None
     settings = recipe.data
     masked = settings.document_mask or settings.eod_mask_loss
-    return CacheManifest(
+    manifest = CacheManifest(
         reference=plan.reference_identity,
         precision="fp8" if recipe.reference.precision == "fp8" else plan.precision,
         tokenizer=tokenizer,
@@ -59,12 +62,37 @@ def manifest_of(recipe: Recipe, plan: BuildPlan, data: TrainingData, tokenizer: 
         document_mask=settings.document_mask,
         eod_mask_loss=settings.eod_mask_loss,
         eod_id=data.eod_id if masked else None,
-        block_samples=block_samples(settings.sequence_length),
+        block_samples=1,
+        distribution=kept_distribution(recipe, plan),
         sources=tuple(
             SourceScores(fingerprint=source.info.fingerprint, samples=count)
             for source, count in zip(data.sources, data.order.needed(), strict=True)
         ),
     )
+    return with_block_samples(manifest)
+
+
+def kept_distribution(recipe: Recipe, plan: BuildPlan) -> KeptDistribution | None:
+    """What a recipe keeps of the reference's distributions."""
+    if recipe.reference is None or not recipe.reference.distribution:
+        return None
+    assert plan.reference_shape is not None
+    return KeptDistribution(
+        top_k=recipe.reference.distribution,
+        temperature=recipe.objective.distribution.temperature,
+        vocab_size=plan.reference_shape.vocab_size,
+    )
+
+
+class Scored(NamedTuple):
+    """What a reference says of samples, on the CPU: whole on the last stage's ranks, 0 elsewhere."""
+
+    nll: Tensor
+    """[n, s] float32 nats."""
+    mask: Tensor
+    """[n, s] float32."""
+    planes: Tensor | None
+    """[P, n, s] int32 of the distribution, as `record.to_planes` makes them; None where it is not kept."""
 
 
 class Scorer:
@@ -78,6 +106,7 @@ class Scorer:
         self.groups = ready.groups
         self._deal = ready.deal
         self._merge = settings.merge_microbatches
+        self._kept = kept_distribution(ready.recipe, ready.plan)
         self._graph = Replayed() if settings.cuda_graph else None
         # An interleaved schedule takes whole rounds of microbatches only, and merged ones must be of one size.
         self._round = self._merge * (p.pipeline if p.virtual_pipeline > 1 else 1)
@@ -87,33 +116,40 @@ class Scorer:
         """Samples that all data-parallel ranks score together; a multiple of it wastes nothing."""
         return self._deal.turn_samples * self._round
 
-    def score(self, samples: Sequence[SampleNumber]) -> tuple[Tensor, Tensor]:
-        """(quanta, mask) of samples, [n, s] int32 and float32 on the CPU: whole on the last stage's ranks, 0 elsewhere.
-
-        A score that is not a number is -1.
-        """
-        nll, mask = self.nll(samples)
-        return quantise(nll), mask
-
-    def nll(self, samples: Sequence[SampleNumber]) -> tuple[Tensor, Tensor]:
-        """(NLL in nats, mask) of samples, [n, s] float32 on the CPU: whole on the last stage's ranks, 0 elsewhere."""
-        data, deal, device = self.ready.data, self._deal, self.reference.device
+    def score(self, samples: Sequence[SampleNumber]) -> Scored:
+        """Of samples, everything that the recipe keeps."""
+        data, deal, device, kept = self.ready.data, self._deal, self.reference.device, self._kept
         microbatches = []
         for rows in deal.microbatches(deal.num_microbatches(len(samples), round_of=self._round)):
             chosen = [samples[min(row, len(samples) - 1)] for row in rows]
             microbatches.append(stack([data.sample_of(*one) for one in chosen]))
-        scores = passes.nll(self.reference.chunks, microbatches, self.groups, merge=self._merge, graph=self._graph)
-        both = torch.zeros(2, len(samples), self.ready.recipe.data.sequence_length, device=device)
+        scores = self._scores(microbatches)
+        length = self.ready.recipe.data.sequence_length
+        whole = torch.zeros(2 + num_planes(kept), len(samples), length, dtype=torch.int32, device=device)
         if self.groups.is_last_stage:
-            masks = [deal.cut(one.loss_mask.to(device)).float() for one in microbatches]
-            parts = [torch.stack(pair) for pair in zip(scores, masks, strict=True)]
-            deal.collect(parts, both, lambda x: dist.all_reduce(x, group=self.groups.dp_cp))
-        nll, mask = both.cpu()
-        return nll, mask
+            masks = [deal.cut(one.loss_mask.to(device)).int() for one in microbatches]
+            parts = [_bits(*pair) for pair in zip(scores, masks, strict=True)]
+            deal.collect(parts, whole, lambda x: dist.all_reduce(x, group=self.groups.dp_cp))
+        whole = whole.cpu()
+        return Scored(whole[0].view(torch.float32), whole[1].float(), whole[2:] if kept else None)
+
+    def _scores(self, microbatches: Sequence[Microbatch]) -> list[Scores]:
+        """Of this rank's positions of each microbatch; none on ranks of other stages than the last."""
+        chunks, groups, kept = self.reference.chunks, self.groups, self._kept
+        if kept is None:
+            nll = passes.nll(chunks, microbatches, groups, merge=self._merge, graph=self._graph)
+            return [Scores(ref_nll=one) for one in nll]
+        hidden = passes.hidden(chunks, microbatches, groups, merge=self._merge)
+        if not groups.is_last_stage:
+            return []
+        labels = [one.labels.masked_fill(one.loss_mask == 0, IGNORED_LABEL) for one in microbatches]
+        mine = [self._deal.cut(one).to(self.reference.device) for one in labels]
+        return passes.summaries(chunks, hidden, mine, top_k=kept.top_k, temperature=kept.temperature)
 
     def compare(self, cache: ScoreCache, samples: Sequence[SampleNumber]) -> ScoreError:
         """Error of stored scores, on every rank; NaN where the reference gives an unmasked token none."""
-        quanta, mask = self.score(samples)
+        nll, mask, _ = self.score(samples)
+        quanta = quantise(nll)
         stored = torch.from_numpy(np.stack([cache.quanta(s, k).astype(np.int32) for s, k in samples]))
         error = (quanta - stored).abs().double() / QUANTA_PER_NAT
         error = error.masked_fill(quanta < 0, math.nan).masked_fill(mask == 0, 0.0)
@@ -144,6 +180,13 @@ class Scorer:
                 "`remit score` into another folder"
             )
         return error
+
+
+def _bits(scores: Scores, mask: Tensor) -> Tensor:
+    """[2 + P, b, s/cp] int32: the bits of the NLL, the mask, and what is kept of the distribution."""
+    assert scores.ref_nll is not None, "a scorer scores labels"
+    both = torch.stack([scores.ref_nll.contiguous().view(torch.int32), mask])
+    return both if scores.top is None else torch.cat([both, to_planes(scores)])
 
 
 def random_samples(counts: Sequence[int], number: int, seed: int) -> list[SampleNumber]:

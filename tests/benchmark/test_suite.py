@@ -16,6 +16,7 @@ from remit_megatron.benchmark import harness, results
 from remit_megatron.benchmark.checks import check_model
 from remit_megatron.benchmark.model import Model
 from remit_megatron.benchmark.paper import REPORTED
+from remit_megatron.benchmark.run import _hash_tasks
 from remit_megatron.benchmark.suite import LM_EVAL_VERSION, SUITES, Benchmark
 from remit_megatron.benchmark.table import table
 from remit_megatron.cli import build_parser, main
@@ -51,7 +52,7 @@ def read_keys(config: dict[str, Any]) -> set[str]:
 def test_tasks_and_metrics_exist(suite: str, tasks: Any) -> None:
     for benchmark in SUITES[suite].benchmarks:
         config = tasks[benchmark.task].cfg
-        assert set(benchmark.metrics) <= read_keys(config), benchmark.task
+        assert set(benchmark.metrics) - set(benchmark.own) <= read_keys(config), benchmark.task
         leaves = [tasks[name].cfg for name in config["task"]] if "group" in config else [config]
         assert any(leaf.get("unsafe_code", False) for leaf in leaves) == benchmark.runs_code, benchmark.task
         gated = {leaf["dataset_path"] for leaf in leaves} == {"Idavidrein/gpqa"}
@@ -148,7 +149,7 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_table_has_a_part_for_each_suite(tmp_path: Path) -> None:
     folders = [write_results(tmp_path / suite, {}, suite=suite) for suite in SUITES]
     parts = re.findall(r"^\| model .*$", table(folders), re.MULTILINE)
-    assert [len(part.split("|")) - 4 for part in parts] == [10, 10, 7]
+    assert [len(part.split("|")) - 4 for part in parts] == [10, 10, 7, 4, 2]
 
 
 STUB = """#!{python}
@@ -235,6 +236,10 @@ def test_mistakes(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str
     (elsewhere / "task.yaml").write_text("task: x\n")
     (linked / "mine").symlink_to(elsewhere)
     (linked / "own.yaml").write_text("task: y\n")
+    misspelt = tmp_path / "misspelt"
+    misspelt.mkdir()
+    for name in ("own.yaml", "x.yml"):
+        (misspelt / name).write_text("task: y\n")
     good, suite, out = str(model), ["--suite", "base"], ["--output", str(tmp_path / "out")]
     cases = {
         "needs MODEL, --suite, --output": [],
@@ -246,6 +251,9 @@ def test_mistakes(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str
         "is no folder with task files": [good, *suite, *out, "--include-path", str(model)],
         f"does not follow the link {linked / 'mine'}, and would leave its tasks out": [
             *(good, *suite, *out, "--include-path", str(linked))
+        ],
+        f"lm_eval reads .yaml alone, and would leave {misspelt / 'x.yml'} out": [
+            *(good, *suite, *out, "--include-path", str(misspelt))
         ],
         "--batch-size 0": [good, *suite, *out, "--batch-size", "0"],
         "--set-gen-kwargs 'x': KEY=VALUE": [good, *suite, *out, "--set-gen-kwargs", "x"],
@@ -417,3 +425,58 @@ def test_suites_of_the_page() -> None:
     for suite in SUITES.values():
         (cell,) = re.findall(rf"^\| `{suite.name}` \| ([^|]*) \|", PAGE.read_text(), re.MULTILINE)
         assert re.findall(r"[A-Z][\w+ -]*\w\+?", re.sub(r"\([^)]*\)", "", cell)) == [b.name for b in suite.benchmarks]
+
+
+def test_local_tasks_are_known_by_all_files(tmp_path: Path) -> None:
+    """Data and templates beside the tasks decide figures too; caches of Python and hidden files do not."""
+    known = set()
+    for name in ("task.yaml", "utils.py", "few_shot.jsonl", "sub/prompt.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+        known.add(_hash_tasks(tmp_path))
+    assert len(known) == 4
+    (tmp_path / "few_shot.jsonl").write_text("changed")
+    changed = _hash_tasks(tmp_path)
+    assert changed not in known
+    (tmp_path / "__pycache__").mkdir()
+    for name in ("__pycache__/utils.cpython-311.pyc", ".swp"):
+        (tmp_path / name).write_text("")
+    assert _hash_tasks(tmp_path) == changed
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "found"),
+    [
+        ("gsm8k/gsm8k-cot-zeroshot.yaml", "The answer is 18", "1"),
+        ("gsm8k/gsm8k-cot-zeroshot.yaml", "The answer is 18.", "18"),
+        ("gsm8k/gsm8k.yaml", "#### 18", "18"),
+        ("bbh/cot_fewshot/_cot_fewshot_template_yaml", "So the answer is valid", "vali"),
+        ("bbh/cot_fewshot/_cot_fewshot_template_yaml", "So the answer is valid.", "valid"),
+    ],
+)
+def test_patterns_that_lose_an_answers_end(file: str, text: str, found: str) -> None:
+    """The caveats of BBH, and of GSM8K after post-training, are true of the installed task files."""
+    import lm_eval
+
+    lines = (Path(lm_eval.__path__[0]) / "tasks" / file).read_text()
+    pattern = json.loads(re.findall(r"regex_pattern: (\".*\")", lines)[0])
+    assert re.findall(pattern, text) == [found]
+
+
+@pytest.mark.parametrize(
+    ("backend", "model_args", "few_shot", "said"),
+    [
+        ("hf", {}, 25, ["the examples are drawn anew", "log-likelihoods of a bfloat16 model"]),
+        ("hf", {"softmax_dtype": "float32"}, 25, ["the examples are drawn anew"]),
+        ("vllm", {}, 0, []),
+    ],
+)
+def test_caveats_of_how_a_task_was_run(backend: str, model_args: Any, few_shot: int, said: list[str]) -> None:
+    (arc,) = (each for each in BASE if each.name == "ARC-C")
+    found = results.caveats(arc, {"few_shot": few_shot}, backend, model_args)
+    assert len(found) == len(said)
+    assert all(line.startswith(words) for line, words in zip(found, said, strict=True))
+    gsm8k = next(each for each in SUITES["post"].benchmarks if each.name == "GSM8K")
+    assert results.caveats(gsm8k, {"few_shot": 0}, "hf", {}) == [
+        "the strict pattern drops the answer's last digit where nothing follows it"
+    ]

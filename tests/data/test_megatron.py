@@ -1,6 +1,9 @@
 """Megatron-Core reads our datasets, and our packed samples are its own; damaged or stale indices heal."""
 
 import logging
+import os
+import resource
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ from remit_megatron.data.index_cache import ensure_cache
 from remit_megatron.data.indexed import open_index
 from remit_megatron.data.manifest import quick_verify
 from remit_megatron.data.packed import open_packed
-from remit_megatron.errors import RunError
+from remit_megatron.errors import RunError, UserError
 from remit_megatron.mcore.datasets import open_source
 from tests.data.conftest import VOCAB, random_documents
 
@@ -72,6 +75,23 @@ def test_packed_needs_one_index(dataset: str, tmp_path: Path) -> None:
         gpt_dataset(dataset, length, tmp_path / "cache")
     with pytest.raises(RunError, match="2 files"):
         open_packed(open_index(dataset), tmp_path / "cache")
+
+
+def test_an_index_that_finds_no_room_names_the_remedy(dataset: str, tmp_path: Path) -> None:
+    """As on a full disk, but possible without rights: the system refuses to let a file grow."""
+    settings = {"sequence_length": 32, "train": [{"path": dataset}], "cache_dir": str(tmp_path / "cache")}
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            open_source(dataset, Data.model_validate(settings), VOCAB)
+        except UserError as error:
+            os._exit(0 if "cannot be written" in str(error) and "set data.cache_dir" in str(error) else 3)
+        finally:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not any(path.suffix == ".tmp" for path in tmp_path.rglob("*"))
 
 
 def test_index_follows_the_data(dataset: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from data_prep.select import select
 from data_prep.tokenize import TokenizeSettings, tokenize
 from data_prep.worker import Encoder, Job, run_task
 from data_prep.writer import write_dataset
+from remit_megatron.data.manifest import Manifest
 from remit_megatron.errors import RunError, UserError
 from tests.data_prep.conftest import our_files
 
@@ -99,6 +100,15 @@ def test_tokenize_again(what: TokenizeSettings) -> None:
     for change in (dict(append_eod=False), dict(text_key="id"), dict(vocab_size=5000), dict(max_document_mib=1)):
         with pytest.raises(UserError, match="exists already"):
             tokenize(dataclasses.replace(what, **change))  # type: ignore[arg-type]
+    made = Manifest.read(what.output)
+    assert made is not None
+    assert made.tokenizer_hash is not None
+    before = made.tokenizer_hash.split("-")[2] + "0" * 48  # as earlier versions knew the tokenizer
+    made.model_copy(update={"tokenizer_hash": before}).write(what.output)
+    assert tokenize(what).tokenizer_hash == before
+    made.model_copy(update={"tokenizer_hash": "f" * 64}).write(what.output)
+    with pytest.raises(UserError, match="exists already"):
+        tokenize(what)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Nothing in a folder is left out without a word: one of each kind of entry, in every place that looks for files."""
 
+import gzip
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import pytest
 import zstandard
 
 from data_prep import folders
-from data_prep.folders import count_left_out, describe, walk
+from data_prep.folders import CARD, count_left_out, describe, walk
 from data_prep.inputs import SMALLEST_TASK_BYTES, TASK_BYTES, Input, expand_inputs, task_size
 from data_prep.tokenize import TokenizeSettings, tokenize
 from remit_megatron.errors import UserError
@@ -167,3 +168,25 @@ def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monkey
         walk(tmp_path)
     shutil.rmtree(tmp_path / "locked")
     assert walk(tmp_path) == []
+
+
+def test_what_programs_leave_beside_a_corpus(tmp_path: Path) -> None:
+    """Marks of Spark and lists of checksums describe the others; an archive beside its file would count twice."""
+    (tmp_path / "part-0.json").write_text('{"text": "a"}\n')
+    for name in ("_SUCCESS", "SHA256SUMS", "_metadata"):
+        (tmp_path / name).write_text("")
+    reasons = {entry.path.name: entry.left_out for entry in walk(tmp_path)}
+    assert reasons == {"part-0.json": None, "_SUCCESS": CARD, "SHA256SUMS": CARD, "_metadata": CARD}
+    (tmp_path / "part-0.json.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(UserError, match=r"part-0\.json\.gz: lies beside part-0\.json: .* would count twice"):
+        walk(tmp_path)
+
+
+def test_zero_bytes_of_a_crash_are_no_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + bytes(40))
+    with pytest.raises(UserError, match="holds a run of zero bytes"):
+        expand_inputs([str(path)])
+    path.write_bytes('{"text": "a"}\n'.encode("utf-16-le") * 9)
+    with pytest.raises(UserError, match="UTF-16"):
+        expand_inputs([str(path)])

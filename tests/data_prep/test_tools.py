@@ -63,6 +63,17 @@ def test_merge_refuses_other_kinds(settings: dict[str, object], message: str, tm
     assert sorted(path.stem for path in tmp_path.glob("*.bin")) == ["a", "b"]
 
 
+def test_merge_of_one_tokenizer_by_two_names(tmp_path: Path) -> None:
+    """A dataset of a version that knew the tokenizer by its file's hash, and one of a file that was saved again."""
+    before, now, again = "c" * 64, *(f"{'a' * 32}-{'b' * 16}-{digit * 16}-{'d' * 12}" for digit in "ce")
+    for name, hashes in {"x": (before, now), "y": (now, again), "z": (now, before)}.items():
+        parts = [make(tmp_path / f"{name}{i}", i, tokenizer_hash=known) for i, known in enumerate(hashes)]
+        assert merge(parts, str(tmp_path / name)).tokenizer_hash == now
+    other = make(tmp_path / "other", 1, tokenizer_hash=before.replace("c", "e"))
+    with pytest.raises(UserError, match=r"other\.manifest\.json: tokenizer_hash is e{64}, but .*x1 has a{32}-"):
+        merge([str(tmp_path / "x0"), other, str(tmp_path / "x1")], str(tmp_path / "all"))
+
+
 def test_merge_refuses_damage_and_names(tmp_path: Path) -> None:
     prefix, other = make(tmp_path / "a", 0), make(tmp_path / "b", 1)
     for output, message in (

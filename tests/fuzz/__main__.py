@@ -6,14 +6,17 @@ answered as it should be, and shows the first of each target and kind.
 
 import argparse
 import collections
+import gc
+import math
 import multiprocessing
 import secrets
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz.framework import TARGETS, Outcome, break_into, run
+from tests.fuzz.framework import TARGETS, Outcome, break_into, ready, run
 from tests.fuzz.targets import load
 
 SHARE = 50
@@ -34,6 +37,7 @@ def main() -> int:
         Path(folder).mkdir(parents=True)
         break_into(TARGETS[name], int(seed), Path(folder))
         return 0
+    gc.freeze()  # or every fork would copy what its collector looks at
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
     names = arguments.only or sorted(TARGETS)
     print(f"seed {seed}: {arguments.inputs:,} inputs for {', '.join(names)}", flush=True)
@@ -49,22 +53,41 @@ def main() -> int:
 
 def fuzz(names: list[str], seed: int, inputs: int, processes: int = 2) -> list[Outcome]:
     """Outcomes of broken inputs, shared out over targets; input k of a target has the seed `seed + k`."""
-    each = -(-inputs // len(names))
-    shares = [
-        (name, range(seed + start, seed + min(start + SHARE, each)))
-        for start in range(0, each, SHARE)
-        for name in names
-    ]
-    if processes == 1:
-        return [outcome for share in shares for outcome in _share(share)]
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        return [outcome for share in pool.imap_unordered(_share, shares, 1) for outcome in share]
+    whole = sum(TARGETS[name].share for name in names)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        valid = {name: ready(TARGETS[name], Path(scratch)) for name in names}
+        shares = []
+        for name in names:
+            count = math.ceil(inputs * TARGETS[name].share / whole)
+            shares += [(name, range(seed + k, seed + min(k + SHARE, count))) for k in range(0, count, SHARE)]
+        shares.sort(key=lambda share: share[1].start)
+
+        def go(share: tuple[str, range]) -> list[Outcome]:
+            return list(run(TARGETS[share[0]], share[1], valid[share[0]], Path(scratch)))
+
+        if processes == 1:
+            return [outcome for share in shares for outcome in go(share)]
+        return _in_forks(go, shares, processes)
+
+
+def _in_forks(
+    go: Callable[[tuple[str, range]], list[Outcome]], shares: list[tuple[str, range]], processes: int
+) -> list[Outcome]:
+    with multiprocessing.get_context("fork").Pool(processes, _inherit, (go,)) as pool:
+        return [outcome for found in pool.imap_unordered(_share, shares, 1) for outcome in found]
+
+
+def _inherit(go: Callable[[tuple[str, range]], list[Outcome]]) -> None:
+    global _go
+    _go = go
 
 
 def _share(share: tuple[str, range]) -> list[Outcome]:
-    name, seeds = share
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        return list(run(TARGETS[name], seeds, Path(scratch)))
+    outcomes = _go(share)
+    for outcome in outcomes:
+        if outcome.wrong:
+            print(f"{outcome.target}, seed {outcome.seed}: {outcome.wrong}", file=sys.stderr, flush=True)
+    return outcomes
 
 
 def report(outcomes: list[Outcome]) -> str:

@@ -125,5 +125,6 @@ for kind in WRITERS:
             command=("data", "tokenize", "in", *COMMAND[2:]),
             judge=partial(judge, kind),
             kept=("tokenizer/*",),
+            share=0.25 if kind in ("json", "jsonl", "txt") else 1.0,
         )
     )

@@ -64,8 +64,8 @@ def selected(folder: Path, valid: Path) -> str | None:
 
 
 DATASET = ("a.bin", "a.idx", "a.manifest.json")
-register(Target("dataset.verify", prepare, DATASET, ("data", "verify", "a", "--full"), unchanged))
-register(Target("dataset.idx", without_manifest, ("a.idx",), ("data", "verify", "a", "--full"), consistent))
+register(Target("dataset.verify", prepare, DATASET, ("data", "verify", "a", "--full"), unchanged, share=2))
+register(Target("dataset.idx", without_manifest, ("a.idx",), ("data", "verify", "a", "--full"), consistent, share=2))
 register(
     Target("dataset.merge", prepare, DATASET, ("data", "merge", "a", "b", "--output", "all"), merged, ("b.*", "*.npy"))
 )

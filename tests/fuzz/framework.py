@@ -1,7 +1,8 @@
 """Broken inputs for every reader, from a seed: each ends with a documented exit code, one line, and nothing lost.
 
 A target makes a valid input, names the command that reads it, and judges what came out by means of its own. The
-framework breaks a copy of the input and runs the command in a forked process with a limit of time and memory.
+framework breaks a copy of the input and runs the command in a forked process with a limit of time and memory. Where no
+quick command has a reader, the target calls the reader itself.
 """
 
 import os
@@ -13,10 +14,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from remit_megatron.cli import main
+from remit_megatron.errors import RemitError
 from tests.fuzz.mutate import mutate
 
 TIMEOUT_S = 60.0
@@ -37,15 +39,19 @@ class Target:
     """Write a valid input and what goes with it into an empty folder. Called once."""
     files: Sequence[str]
     """Those of its files that are broken, one of them at a time; globs."""
-    command: Sequence[str]
-    """Arguments of `remit`, run inside of the folder."""
+    command: Sequence[str] | Callable[[], int | None]
+    """Arguments of `remit`, run inside of the folder; or a function in their place, called there."""
     judge: Callable[[Path, Path], str | None] = lambda folder, valid: None
     """After an exit code of 0: what is wrong with the result in a folder, beside `valid`, the unbroken one. None: it is
     right. It must not use the code that was run."""
     kept: Sequence[str] = ()
     """Files of the user that no command may change, besides `files`; globs."""
-    also: Sequence[int] = field(default=())
-    """Exit codes allowed beside ACCEPTED and REFUSED."""
+    also: Sequence[int] = ()
+    """Exit codes allowed beside ACCEPTED and REFUSED, with a line that says why."""
+    own: bool = False
+    """Whether the files that are broken are the program's, so that it may mend or remove them."""
+    share: float = 1.0
+    """Of the inputs: less than 1 for a slow reader."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +75,20 @@ def register(target: Target) -> None:
     TARGETS[target.name] = target
 
 
-def run(target: Target, seeds: Sequence[int], scratch: Path) -> Iterator[Outcome]:
-    """Break the target's input once for each seed. The unbroken one is run first and must be accepted."""
-    valid = scratch / f"{target.name}-valid"
+def ready(target: Target, folder: Path) -> Path:
+    """The target's unbroken input, in a new folder; it must be accepted. Raises AssertionError where it is not."""
+    valid, copy = folder / target.name, folder / f"{target.name}-sound"
     valid.mkdir(parents=True)
     target.prepare(valid)
-    folder = scratch / f"{target.name}-sound"
-    shutil.copytree(valid, folder, symlinks=True)
-    code, said = _command(target, folder)
+    shutil.copytree(valid, copy, symlinks=True)
+    code, said = _command(target, copy)
     assert code == ACCEPTED, f"{target.name}: the unbroken input ends with {code}: {said}"
-    assert (found := target.judge(folder, valid)) is None, f"{target.name}: the unbroken input: {found}"
+    assert (found := target.judge(copy, valid)) is None, f"{target.name}: the unbroken input: {found}"
+    return valid
+
+
+def run(target: Target, seeds: Sequence[int], valid: Path, scratch: Path) -> Iterator[Outcome]:
+    """Break the target's input once for each seed."""
     for seed in seeds:
         folder = scratch / f"{target.name}-{seed}"
         shutil.copytree(valid, folder, symlinks=True)
@@ -110,7 +120,7 @@ def _try(target: Target, seed: int, folder: Path, valid: Path) -> Outcome:
         wrong = "a traceback"
     elif code not in (ACCEPTED, REFUSED, *target.also):
         wrong = f"exit code {code}"
-    elif code == REFUSED and not _is_one_line(said):
+    elif code != ACCEPTED and not _is_one_line(said):
         wrong = "no single line that says what is wrong"
     elif _contents(target, folder) != before:
         wrong = "a file of the user was changed"
@@ -125,13 +135,14 @@ def _is_one_line(said: str) -> bool:
 
 
 def _contents(target: Target, folder: Path) -> dict[str, bytes]:
-    paths = (path for pattern in (*target.files, *target.kept) for path in folder.glob(pattern))
+    patterns = target.kept if target.own else (*target.files, *target.kept)
+    paths = (path for pattern in patterns for path in folder.glob(pattern))
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
 
 
 def _command(target: Target, folder: Path) -> tuple[int, str]:
     """(exit code, stderr) of the command in a fork of this process, which has imported what it needs."""
-    said = folder.with_suffix(".said")
+    said = folder.with_name(f"{folder.name}.said")
     pid = os.fork()
     if pid == 0:
         code = 70
@@ -144,9 +155,12 @@ def _command(target: Target, folder: Path) -> tuple[int, str]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             os.chdir(folder)
-            code = main(list(target.command))
+            code = target.command() or 0 if callable(target.command) else main(list(target.command))
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
+        except RemitError as error:
+            print(f"remit: {error}", file=sys.stderr)
+            code = error.exit_code
         except BaseException:  # noqa: BLE001 - as the interpreter prints it
             traceback.print_exc()
         finally:

@@ -2,7 +2,7 @@
 
 import importlib
 
-MODULES = ("tests.fuzz.corpora", "tests.fuzz.datasets")
+MODULES = tuple(f"tests.fuzz.{name}" for name in ("corpora", "datasets", "models", "recipes", "runs", "scores"))
 
 
 def load() -> None:

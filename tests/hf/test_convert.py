@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from remit_megatron.convert.exporter import left_behind
+from remit_megatron.hf.tokenizer import FILES
 from tests.hf import tiny
 from tests.ranks import run_ranks
 
@@ -226,6 +228,11 @@ BAD: dict[str, tuple[str, Callable[[Path], Any]]] = {
     ),
     "damaged: Error while deserializing header": ("llama", lambda folder: edit_header(folder, overlap)),
     "pytorch_model.bin is not read": ("llama", to_bin_only),
+    "which transformers loads, and model.safetensors.index.json, which names other files": (
+        "llama",
+        lambda folder: save_file({"x": torch.zeros(1)}, folder / "model.safetensors"),
+    ),
+    "adapter_config.json lies in it": ("llama", lambda folder: (folder / "adapter_config.json").write_text("{}")),
     "mixture of experts": ("llama", lambda folder: tiny.edit_config(folder, num_local_experts=8)),
     "config.json: no valid JSON": ("llama", lambda folder: (folder / "config.json").write_text("{")),
 }
@@ -461,6 +468,16 @@ def test_check_pairs(root: Path) -> None:
     assert '"<|im_end|>" becomes ["' in results["chat"][1], "a text and its two splits"
     assert "--allow-added-tokens accepts that" in results["chat"][1]
     assert '"#$" becomes ["#" 2, "$" 3] in one and ["#$" 60] in the other' in results["ignore_merges"][1]
+
+
+def test_an_export_says_what_it_left(tmp_path: Path) -> None:
+    """One of each: what is copied, weights, prose, hidden files, and what a model of others may need."""
+    copied = ("config.json", "generation_config.json", *FILES)
+    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "consolidated.00.pth")
+    for name in (*copied, *weights, "README.md", "LICENSE.txt", ".gitattributes", "tokenization_own.py", "tekken.json"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "additional_chat_templates").mkdir()
+    assert left_behind(tmp_path) == ["additional_chat_templates/", "tekken.json", "tokenization_own.py"]
 
 
 @pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])

@@ -1,7 +1,8 @@
 """Distilling runs of the trainer on a converted pair against loops over transformers' models.
 
 As tests/hf/test_remit_run.py, whose samples, schedule and optimizer these are; here a global batch is several
-microbatches, on two tensor-parallel ranks, and the plain loop routes the whole batch at once.
+microbatches, on two tensor-parallel ranks, and the plain loop routes the whole batch at once. In two of the runs one
+model has more rows than the other.
 """
 
 import json
@@ -26,12 +27,21 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "switch": {"name": "switch"},
     "trkd": {"name": "trkd", "scope": "global", "share": 0.6, "kd_alpha": 0.5},
 }
+ROWS = {"forward": (61, 61), "reverse": (61, 66), "switch": (66, 61), "trkd": (61, 61)}
+"""Of student and reference, which have one tokenizer: the losses compare the common rows."""
+
+
+ROLES = {"student": 1, "reference": 2}
+"""And the seeds of their weights."""
 
 
 def settings(root: Path, name: str) -> dict[str, Any]:
     made = recipe(root, FAMILY)
     made["run"] = str(root / f"run-{name}")
     made["objective"] = OBJECTIVES[name]
+    made["model"]["init"], made["reference"]["path"] = (
+        str(root / "hf" / f"{role} {rows}") for role, rows in zip(ROLES, ROWS[name], strict=True)
+    )
     return made
 
 
@@ -61,8 +71,9 @@ def train(rank: int, folder: str) -> list[dict[str, Tensor]]:
 def loss_of(name: str, student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
     """The equations over one global batch's unmasked tokens: logits [n, V] of both models, labels [n]."""
     tau = OBJECTIVES[name].get("temperature", 2.0 if name == "switch" else 1.0)
-    log_p, log_q = (student / tau).log_softmax(-1), (teacher / tau).log_softmax(-1)
     nll = -student.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    student, teacher = (logits[:, : min(ROWS[name])] for logits in (student, teacher))
+    log_p, log_q = (student / tau).log_softmax(-1), (teacher / tau).log_softmax(-1)
     forward, reverse = (log_q.exp() * (log_q - log_p)).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1)
     if name in ("forward", "reverse"):
         kl = forward if name == "forward" else reverse
@@ -116,8 +127,10 @@ def plain_loop(name: str, student: Any, teacher: Any, samples: list[dict[str, Te
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("distil")
     runs.make_data(root)
-    for role, seed in (("student", 1), ("reference", 2)):
-        tiny.save(tiny.make_model(FAMILY, seed), root / "hf" / f"{FAMILY} {role}")
+    for role, rows in {(role, rows) for pair in ROWS.values() for role, rows in zip(ROLES, pair, strict=True)}:
+        folder = tiny.save(tiny.make_model(FAMILY, ROLES[role], vocab_size=rows), root / "hf" / f"{role} {rows}")
+        model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "b"}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": model}))
     return root
 
 
@@ -128,7 +141,8 @@ def samples(root: Path) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_losses(name: str, root: Path, samples: list[dict[str, Tensor]]) -> None:
-    want = plain_loop(name, tiny.make_model(FAMILY, 1), tiny.make_model(FAMILY, 2), samples)
+    models = [tiny.make_model(FAMILY, seed, vocab_size=r) for seed, r in zip(ROLES.values(), ROWS[name], strict=True)]
+    want = plain_loop(name, *models, samples)
     got = [json.loads(line) for line in (root / f"run-{name}" / "metrics.jsonl").read_text().splitlines()]
     assert len(got) == len(want) == STEPS
     for step, (a, b) in enumerate(zip(got, want, strict=True)):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from remit_megatron.config import Optimizer, Parallel, Schedule
-from remit_megatron.data.microbatch import Microbatch
+from remit_megatron.data.microbatch import Microbatch, Scores
 from remit_megatron.mcore import dist_checkpoint, optim
 from remit_megatron.mcore.groups import destroy_groups, initialize_groups
 from remit_megatron.mcore.loss_hook import unwrap
@@ -19,6 +19,7 @@ from remit_megatron.mcore.passes import run_schedule
 from remit_megatron.mcore.platform import activate
 from remit_megatron.mcore.step import make_forward_step
 from remit_megatron.objectives import TokenStats, build_objective
+from remit_megatron.ops.top_tokens import TopTokens
 from remit_megatron.shape import ModelShape
 from remit_megatron.train.metrics import read, reduce_reports
 from tests.objectives.around import Around
@@ -57,6 +58,8 @@ class Case:
     objective: dict[str, Any]
     student: ModelShape = STUDENT
     document_mask: bool = False
+    top_k: int = 0
+    """Above 0: the batches carry distributions of which so many tokens are kept, the same in every layout."""
 
 
 def global_batches() -> list[Microbatch]:
@@ -92,6 +95,21 @@ def local_microbatches(batch: Microbatch, rank: int, size: int, documents: bool)
     return [
         Microbatch(**{key: value[i] for key, value in parts.items()}) for i in range(rank, len(parts["tokens"]), size)
     ]
+
+
+def with_kept(microbatch: Microbatch, top_k: int, groups: Any) -> Microbatch:
+    """With invented distributions, which follow from the samples' identities; this rank's positions of them."""
+    parts = []
+    for sample in ids_of(microbatch):
+        generator = torch.Generator().manual_seed(sample)
+        logits = 2 * torch.randn(SEQUENCE, STUDENT.vocab_size, generator=generator)
+        log_q, ids = logits.log_softmax(-1).sort(dim=-1, descending=True)
+        entropy = -(log_q.exp() * log_q).sum(-1)
+        parts.append((ids[:, :top_k], log_q[:, :top_k], log_q[:, top_k:].logsumexp(-1), entropy))
+    ids, log_probs, log_tail, entropy = (groups.deal().cut(torch.stack(part)) for part in zip(*parts, strict=True))
+    agrees = (ids[..., 0] == groups.deal().cut(microbatch.labels)).float()
+    top = TopTokens(ids=ids.int(), log_probs=log_probs, log_tail=log_tail)
+    return microbatch.with_scores(Scores(entropy=entropy, agrees=agrees, top=top))
 
 
 def randomise(chunks: list[Any]) -> None:
@@ -146,12 +164,12 @@ def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
     """Train STEPS steps. Returns steps (loss, nll, grad_norm, ...) and this rank's tokens."""
     parallel = layout.parallel
     groups = initialize_groups(parallel, seed=1)
-    build = Build(device=BUILD.device, dtype=BUILD.dtype, recompute=layout.recompute)
+    build = dataclasses.replace(BUILD, recompute=layout.recompute)
     chunks, config = build_chunks(case.student, parallel, build, max_sequence_length=SEQUENCE)
-    dist_checkpoint.load_model(folder / ("tied" if case.student is TIED else "student"), chunks)
+    dist_checkpoint.load_model(folder / ("tied" if case.student == TIED else "student"), chunks)
     objective = Recorder(build_objective(dict(case.objective)))
     reference: list[Any] = []
-    if objective.needs_reference:
+    if objective.needs_reference and not case.top_k:
         reference, _ = build_chunks(REFERENCE, parallel, BUILD, max_sequence_length=SEQUENCE, scorer=True)
         dist_checkpoint.load_model(folder / "reference", reference)
     chunks = optim.wrap_ddp(chunks, config, parallel)
@@ -163,6 +181,8 @@ def train_case(case: Case, layout: Layout, folder: Path) -> dict[str, Any]:
     steps, tokens = [], []
     for number, batch in enumerate(global_batches()):
         batches = local_microbatches(batch, groups.dp.rank(), groups.dp.size(), case.document_mask)
+        if case.top_k:
+            batches = [with_kept(one, case.top_k, groups) for one in batches]
         objective.seen.clear()
         optim.zero_grads(chunks, optimizer)
         batches = step.selected(step.scored(batches), chunks)

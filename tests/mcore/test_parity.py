@@ -41,6 +41,8 @@ CASES = [
     Case("switch random", {"name": "switch", "share": 0.3, "route": "random", "nll_on": "all"}),
     Case("switch correct", {"name": "switch", "route": "correct", "target": "top1"}, document_mask=True),
     Case("trkd", {"name": "trkd", "share": 0.5}),
+    Case("kd kept", {"name": "kd", "kd_alpha": 0.7, "temperature": 1.5}, top_k=9),
+    Case("switch kept", {"name": "switch"}, top_k=9),
 ]
 ONE = [layout("one rank"), layout("one rank, merged scoring", merge_microbatches=4)]
 TWO = [
@@ -78,10 +80,12 @@ def expected(initial: str) -> dict[str, Any]:
     return run_ranks(1, _on_first_rank, initial)[0]
 
 
-def compare(results: list[dict[str, Any]], expected: dict[str, Any], layouts: list[Layout]) -> None:
+def compare(
+    results: list[dict[str, Any]], expected: dict[str, Any], layouts: list[Layout], cases: list[Case] = CASES
+) -> None:
     problems = []
     for one in layouts:
-        for case in CASES:
+        for case in cases:
             name = f"{one.name} {case.name}"
             got = [result[name] for result in results]
             want = expected[f"one rank {case.name}"]

@@ -39,6 +39,13 @@ def refusals(rank: int) -> dict[str, str]:
         spec = spec or layer_spec(STUDENT, "local")
         return cls(dataclasses.replace(good, **changes), spec, 61, 16, position_embedding_type="rope")
 
+    def build_newer(**keys: Any) -> None:
+        """With keys that the config of a newer Megatron-Core has, whether or not this one's has them."""
+        config = dataclasses.replace(good)
+        for key, value in keys.items():
+            setattr(config, key, value)
+        RemitGPTModel(config, layer_spec(STUDENT, "local"), 61, 16, position_embedding_type="rope")
+
     def forward_step(step: Any, model: Any, batch: dict[str, Any]) -> None:
         """As a script of one's own calls it, with plain dicts."""
         get_forward_backward_func()(
@@ -56,8 +63,9 @@ def refusals(rank: int) -> dict[str, str]:
 
     found = {}
     cases = {
-        "mtp": lambda: build(RemitGPTModel, mtp_num_layers=1),
-        "moe": lambda: build(RemitGPTModel, num_moe_experts=2, num_layers=4),
+        "gtp": lambda: build_newer(gtp_weight_remat_size=2),
+        "expert gtp": lambda: build_newer(expert_gtp_weight_remat_size=4),
+        "logits": lambda: build_newer(logit_dtype=torch.float32),
         "mean": lambda: step(build(RemitGPTModel, calculate_per_token_loss=False), NTP()),
         "plain model": lambda: step(build(GPTModel), NTP()),
         "no reference": lambda: step(build(RemitGPTModel), Remit()),
@@ -83,8 +91,9 @@ def refusals(rank: int) -> dict[str, str]:
 
 
 EXPECTED = {
-    "mtp": "multi-token prediction (mtp_num_layers) is not supported",
-    "moe": "mixture of experts (num_moe_experts) is not supported",
+    "gtp": "gtp_weight_remat_size = 2 is not supported",
+    "expert gtp": "expert_gtp_weight_remat_size = 4 is not supported",
+    "logits": "logit_dtype is not supported",
     "mean": "calculate_per_token_loss must be True",
     "plain model": "must be a remit_megatron.mcore.RemitGPTModel, got GPTModel",
     "no reference": "objective 'remit' needs ref_nll",

@@ -217,12 +217,15 @@ def test_mistakes_in_one_s_own_name_the_key(package: Path, settings: dict[str, A
 def test_one_number_a_token_serves_no_distribution(
     package: Path, objective: dict[str, Any], source: dict[str, Any]
 ) -> None:
-    """Refused by the names of both; the reference beside the student serves."""
+    """Refused by the names of both; the reference beside the student serves, and so does a kept distribution."""
     objective = objective or {"import_path": "mypackage.unsure:Unsure"}
     recipe = parse_recipe(minimal(objective=objective, reference={"path": "r"}))
-    wanted = f"reference.{next(iter(source))} is for one number a token, and objective.name = '{recipe.objective.name}'"
+    wanted = (
+        f"reference.{next(iter(source))} carries one number a token, and objective.name = '{recipe.objective.name}'"
+    )
     with pytest.raises(UserError, match=re.escape(wanted)):
         parse_recipe(minimal(objective=objective, reference={"path": "r", **source}))
+    parse_recipe(minimal(objective=objective, reference={"path": "r", "distribution": 8, **source}))
 
 
 def train_unsure(rank: int) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from remit_megatron.ops.distillation import Teacher, nll_and_kl
 from remit_megatron.ops.distillation_entropy import entropy_and_top
+from remit_megatron.ops.shard import cut_again
 from remit_megatron.ops.token_nll import token_nll
 from tests.ops.cases import gradient_of
 from tests.ops.groups import SIZES, make_groups
-from tests.ops.test_distillation import VOCAB, B, S, check, make
+from tests.ops.test_distillation import VOCAB, B, H, S, check, make
 from tests.ranks import run_ranks
 
 TAU = 1.7
+OTHER_ROWS = (50, 70)
 KINDS: dict[str, dict[str, Any]] = {
     "forward": {},
     "reverse": {"compare": "reverse"},
@@ -77,9 +79,9 @@ def run(kind: dict[str, Any], valid: int, some: bool, columns: slice, group: Any
     return result.detach(), gradient_of(leaf)
 
 
-def on_ranks(rank: int) -> dict[tuple[int, str, int, bool], tuple[Tensor, Tensor]]:
+def on_ranks(rank: int) -> dict[Any, tuple[Tensor, Tensor]]:
     """With 33 valid columns one of four ranks has none of them, and one a single one."""
-    found = {}
+    found: dict[Any, tuple[Tensor, Tensor]] = {}
     for size, group in make_groups(rank).items():
         place, width = rank % size, VOCAB // size
         columns = slice(place * width, (place + 1) * width)
@@ -87,11 +89,40 @@ def on_ranks(rank: int) -> dict[tuple[int, str, int, bool], tuple[Tensor, Tensor
             for valid in (61, 33):
                 for some in (False, True):
                     found[size, name, valid, some] = run(kind, valid, some, columns, group if size > 1 else None)
+        found |= of_other_rows(size, place, group if size > 1 else None)
+    return found
+
+
+def reference_of(rows: int) -> tuple[Tensor, Tensor]:
+    """Hidden states [s, b, h] and a head [rows, h] of a reference with another number of rows than the student."""
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(S, B, H, generator=generator), torch.randn(72, H, generator=generator)[:rows]
+
+
+def of_other_rows(size: int, place: int, group: Any) -> dict[tuple[int, str, int], tuple[Tensor, Tensor]]:
+    """A student of 61 rows in 64 columns, against references of fewer and of more; padded to whole shards with rows
+    that show where they are counted."""
+    found = {}
+    for rows in OTHER_ROWS:
+        case, _, _, upstream = make(valid_vocab=61)
+        hidden, head = reference_of(rows)
+        padded = torch.full((-(-rows // size) * size, H), 100.0)
+        padded[:rows] = head
+        theirs, width = len(padded) // size, VOCAB // size
+        weight = cut_again(padded[place * theirs : (place + 1) * theirs], width, group)
+        for name, kind in KINDS.items():
+            leaf = case.logits[..., place * width : (place + 1) * width].clone().requires_grad_()
+            teacher = Teacher(
+                hidden=hidden, weight=weight, valid_vocab=min(rows, 61), temperature=TAU, chunk_tokens=4, **kind
+            )
+            result = nll_and_kl(leaf * 1.0, case.labels, teacher, valid_vocab=61, tp_group=group)
+            result.backward(torch.stack([case.upstream, upstream]))
+            found[size, name, rows] = result.detach(), gradient_of(leaf)
     return found
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[tuple[int, str, int, bool], tuple[Tensor, Tensor]]]:
+def ranks() -> list[dict[Any, tuple[Tensor, Tensor]]]:
     return run_ranks(4, on_ranks)
 
 
@@ -105,6 +136,23 @@ def test_matches_plain_code(ranks: Any, name: str, size: int) -> None:
             want, want_gradient = expected(KINDS[name], valid, some)
             assert (want[1] > 0.05).sum() > 5
             check(found[0][0], torch.cat([g for _, g in found], dim=-1), want, want_gradient, torch.float32)
+
+
+@pytest.mark.parametrize("rows", OTHER_ROWS)
+@pytest.mark.parametrize("name", KINDS)
+def test_common_rows(ranks: Any, name: str, rows: int) -> None:
+    """The comparison is over the rows that both have, the NLL over all of the student's."""
+    case, _, _, upstream = make(valid_vocab=61)
+    hidden, head = reference_of(rows)
+    common, ignored, logits = min(rows, 61), case.labels == -100, case.logits.double().requires_grad_()
+    nll = -logits[..., :61].log_softmax(-1).gather(-1, case.labels.clamp(min=0)[..., None])[..., 0]
+    kl = plain(KINDS[name], logits[..., :common], (hidden @ head.t()).double()[..., :common])
+    want = torch.stack([nll, kl]).masked_fill(ignored, 0.0)
+    want.backward(torch.stack([case.upstream, upstream]).double())
+    for size in SIZES:
+        found = [result[size, name, rows] for result in ranks[:size]]
+        assert all(torch.equal(one, found[0][0]) for one, _ in found), "all ranks have the same bits"
+        check(found[0][0], torch.cat([g for _, g in found], -1), want.detach(), gradient_of(logits), torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["reverse", "reverse top 5"])

@@ -13,6 +13,7 @@
 w: in tests/flywheel/test_wheel.py. A UserError is exit code 2 (test_command_line).
 """
 
+import gzip
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 
 from remit_megatron.cli import main
@@ -162,6 +164,32 @@ def test_forms_of_preferences() -> None:
     assert data.preference("", {"chosen": [USER, ANSWER], "rejected": [USER, other]}) == wanted
     assert data.preference("", {"prompt": "2+3", "chosen": [USER, ANSWER], "rejected": [USER, other]}) == wanted
     assert data.preference("", {"prompt": [USER], "chosen": "5", "rejected": "6"}) == wanted
+
+
+@pytest.mark.parametrize("ending", [".jsonl.zst", ".jsonl.zstd", ".JSONL.GZ"])
+def test_archives_of_rows(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{ending}"
+    pack = gzip.compress if ending.endswith("GZ") else zstandard.compress
+    parts = [pack(b'{"prompt": "%d"}\n' % i * 40) for i in range(3)]  # as archives that were joined
+    path.write_bytes(b"".join(parts))
+    assert [row["prompt"] for _, row in data.read_rows(str(path))] == [str(i) for i in range(3) for _ in range(40)]
+    path.write_bytes(b"".join(parts)[:-5])
+    with pytest.raises(UserError, match=r"row \d+: cannot be read: "):
+        list(data.read_rows(str(path)))
+    path.write_bytes(parts[0][:6] + b"\xff" * 40)
+    with pytest.raises(UserError, match=r"row 1: cannot be read: "):
+        list(data.read_rows(str(path)))
+
+
+def test_rows_of_an_editor_and_the_row_that_is_broken(tmp_path: Path) -> None:
+    """A byte order mark is none of the text; the row named is the one that cannot be read."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    assert [row["prompt"] for _, row in data.read_rows(str(path))] == ["a", "b"]
+    for broken, number in ((b"{", 2), (b"\xff", 2), (b"[1]", 2)):
+        path.write_bytes(b'{"prompt": "a"}\n' + broken + b"\n")
+        with pytest.raises(UserError, match=rf"row {number}: "):
+            list(data.read_rows(str(path)))
 
 
 def test_open_instruct_rows() -> None:

@@ -47,6 +47,21 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ScoreCache.begin(tmp_path, manifest.model_copy(update={"sources": manifest.sources[::-1]}), "--output")
 
 
+def test_one_tokenizer_by_two_names(tmp_path: Path) -> None:
+    """Scores made when a tokenizer was known by the hash of its file serve a recipe that knows what decides its ids."""
+    before, now = "c" * 64, f"{'a' * 32}-{'b' * 16}-{'c' * 16}-{'d' * 12}"
+    manifest = manifest_of(4, 0).model_copy(update={"tokenizer": before})
+    fill(ScoreCache.begin(tmp_path, manifest, "--output"))
+    wanted = manifest.model_copy(update={"tokenizer": now})
+    assert ScoreCache.open(tmp_path, wanted).scores(0, 3).tolist() == [x / 2048 for x in (3, 4, 5, 6)]
+    cache = ScoreCache.begin(tmp_path, wanted, "--output")  # goes on under the name that the blocks are bound to
+    assert cache.manifest == manifest
+    assert not cache.missing()
+    for other in (f"{'e' * 32}-{'b' * 16}-{'e' * 16}-{'d' * 12}", None):
+        with pytest.raises(UserError, match="the tokenizer was cccccccccccc when they were made, this recipe has"):
+            ScoreCache.open(tmp_path, manifest.model_copy(update={"tokenizer": other}))
+
+
 def test_sources_in_any_order_or_twice(tmp_path: Path) -> None:
     manifest = manifest_of(4, 0)
     fill(ScoreCache.begin(tmp_path, manifest, "--output"))

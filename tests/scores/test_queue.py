@@ -258,7 +258,7 @@ def test_recipes(tmp_path: Path) -> None:
     """What a recipe may not ask of a queue, and the scorer's own layout."""
     refused = {
         "reference.scores and reference.queue: give one of them": {"reference": {"scores": "s"}},
-        "reference.queue is for one number a token": {"objective": {"name": "kd"}},
+        "reference.queue carries one number a token": {"objective": {"name": "kd"}},
         "logging.tokens_source = 'other' is not in data.eval": {"logging": {"tokens_source": "other"}},
         "reference.queue.timeout_s = 1 is not under watchdog.step_timeout_s = 1": {"watchdog": {"step_timeout_s": 1}},
     }

@@ -71,6 +71,25 @@ def pair(tmp_path: Path, manifest: QueueManifest) -> Pair:
     return Pair(tmp_path / "queue", manifest)
 
 
+def test_one_tokenizer_by_two_names(pair: Pair) -> None:
+    """The scorer's datasets name the tokenizer as a file that another program saved again does."""
+    names = [f"{'a' * 32}-{'b' * 16}-{digit * 16}-{'d' * 12}" for digit in "01"] + [f"{'e' * 32}-{'b' * 16}-0-d"]
+    ours, theirs, other = (
+        pair.manifest.model_copy(update={"scores": pair.manifest.scores.model_copy(update={"tokenizer": name})})
+        for name in names
+    )
+    pair.run = RunSide(pair.folder, ours, 5.0, lambda: pair.now)
+    pair.run.publish(1)
+    scorer = pair.scorer(theirs)
+    assert pair.score(scorer) == 1
+    scores = pair.look(1).scores
+    assert scores is not None
+    assert scores.tolist() == [[1.0] * 4] * 2
+    assert "the tokenizer" in str(ours.difference(other))
+    fewer = theirs.scores.model_copy(update={"sources": (SourceScores(fingerprint="e", samples=40),)})
+    assert ours.difference(theirs.model_copy(update={"scores": fewer})) == "the datasets of data.train"
+
+
 def test_a_scorer_stays_in_its_window(pair: Pair) -> None:
     """It waits for a run, is never more than three steps ahead, removes what was used, and ends with the run."""
     scorer = pair.scorer()

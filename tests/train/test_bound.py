@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from data_prep.writer import write_dataset
+from remit_megatron.config import dump_toml, parse_recipe
 from remit_megatron.data import checksums
-from remit_megatron.errors import DamagedError
+from remit_megatron.data.manifest import Manifest
+from remit_megatron.errors import DamagedError, UserError
 from remit_megatron.run.checkpoint import CheckpointFolder, Meta, read_meta, write_meta
+from remit_megatron.run.folder import RunFolder, settings_digest
 from tests.ranks import run_ranks
 from tests.train.runs import EOD, VOCAB, make_data, metrics, settings, train_all
 
@@ -70,10 +73,24 @@ def cut_metrics(folder: Path, name: str) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
 
 
+def of_tokenizer(folder: Path, name: str, known: str) -> None:
+    """Back at step 6, of a version that knew the tokenizer by `known`."""
+    to_step_6(folder, name)
+    path = checkpoints(folder, name) / OLDER / "meta.json"
+    meta = json.loads(path.read_text()) | {"tokenizer": known}
+    meta.pop("checksum")
+    path.write_text(json.dumps(meta | {"checksum": checksums.own_checksum(meta)}))
+
+
+TOKENIZER, TOKENIZER_BEFORE = f"{'a' * 32}-{'b' * 16}-{'c' * 16}-{'d' * 12}", "c" * 64
 REFUSED: dict[str, tuple[Callable[[Path, str], None], str]] = {
     "meta of another step": (meta_of_another_step, "its meta.json is of step 6: the files of two checkpoints"),
     "files of another step": (files_of_another_step, "its meta.json belongs to another manifest.json"),
     "another recipe": (checkpoints_of_another_recipe, "was trained with another recipe than this run's recipe.toml"),
+    "another tokenizer": (
+        lambda folder, name: of_tokenizer(folder, name, "e" * 64),
+        "was trained with another tokenizer than that of data.train",
+    ),
     "another recipe, earlier": (of_an_earlier_version_and_another_recipe, "was trained with another recipe"),
 }
 
@@ -84,11 +101,19 @@ def train_on(rank: int, folder: Path) -> dict[str, tuple[int, str]]:
     assert train_all(rank, made) == [(0, "")] * 2
     changes: dict[str, Any] = {name: change for name, (change, _) in REFUSED.items()}
     changes |= {"earlier": of_an_earlier_version, "held out": to_step_6, "free keys": to_step_6, "cut": cut_metrics}
+    changes["tokenizer"] = lambda folder, name: of_tokenizer(folder, name, TOKENIZER_BEFORE)
     recipes = {name: settings(folder, name) for name in changes}
     for name, change in changes.items():
         shutil.copytree(folder / "sound", folder / name)
         change(folder, name)
     to_step_6(folder, "earlier")
+    manifest = Manifest.read(folder / "train")
+    assert manifest is not None
+    manifest.model_copy(update={"tokenizer_hash": TOKENIZER}).write(folder / "named")
+    for suffix in (".bin", ".idx"):
+        (folder / f"named{suffix}").symlink_to(folder / f"train{suffix}")
+    for name in ("tokenizer", "another tokenizer"):
+        recipes[name]["data"]["train"] = [{"path": str(folder / "named")}]
     generator = [[1 + (i * j) % 60 for j in range(40)] for i in range(1, 12)]
     write_dataset(str(folder / "other held"), generator, vocab_size=VOCAB, eod_id=EOD)
     recipes["held out"]["data"]["eval"]["held"] = str(folder / "other held")
@@ -99,7 +124,25 @@ def train_on(rank: int, folder: Path) -> dict[str, tuple[int, str]]:
     recipes["free keys"]["data"]["train"] = [{"path": str(folder / "elsewhere")}]
     recipes["free keys"]["optimizer"]["max_bad_steps"] = 9
     recipes["free keys"]["compute"]["precision"] = "fp32"
-    return dict(zip(recipes, train_all(rank, list(recipes.values())), strict=True))
+    outcomes = dict(zip(recipes, train_all(rank, list(recipes.values())), strict=True))
+    return {**outcomes, "moved": train_moved(rank, settings(folder, "moved"))}
+
+
+def train_moved(rank: int, recipe: dict[str, Any]) -> tuple[int, str]:
+    """After its first checkpoint the run folder gets another name."""
+    from remit_megatron.train.saver import Saver
+
+    save = Saver._save
+
+    def save_and_move(self: Saver, wait: bool) -> None:
+        save(self, wait)
+        os.rename(recipe["run"], recipe["run"] + " away")
+
+    Saver._save = save_and_move  # type: ignore[method-assign]
+    try:
+        return train_all(rank, [recipe])[0]
+    finally:
+        Saver._save = save  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +190,24 @@ def test_settings_that_move_no_number_may_change(folder: Path, outcomes: Any) ->
     assert metrics(folder, "free keys") == metrics(folder, "sound")
 
 
+def test_a_folder_that_was_moved_is_noticed(folder: Path, outcomes: Any) -> None:
+    """At the next save; what was saved before is whole in its new place, and the old one has no second half of it."""
+    code, message = outcomes["moved"]
+    assert code == 1
+    assert "was moved or removed while it was trained: nothing more is written" in message
+    assert not (folder / "moved" / "checkpoints").exists()
+    there = CheckpointFolder(folder / "moved away" / "checkpoints", keep=1).latest()
+    assert there is not None
+    assert there.name == OLDER
+    assert checksums.whole(there)
+    assert not (folder / "moved away" / "DONE").exists()
+
+
+def test_a_tokenizer_may_be_known_by_a_name_of_before(folder: Path, outcomes: Any) -> None:
+    assert outcomes["tokenizer"] == (0, "")
+    assert metrics(folder, "tokenizer") == metrics(folder, "sound")
+
+
 def test_missing_lines_are_said(folder: Path, outcomes: Any) -> None:
     assert outcomes["cut"] == (0, "")
     assert "warning: metrics.jsonl has no line of step 5 to 6" in (folder / "cut" / "log.txt").read_text()
@@ -191,6 +252,23 @@ def save(folder: CheckpointFolder, meta: Meta) -> None:
     (partial / "__0_0.distcp").write_bytes(bytes(100))
     checksums.write(partial, checksums.of_files([partial / "__0_0.distcp"]))
     folder.commit(meta)
+
+
+@pytest.mark.parametrize(("scope", "free"), [("microbatch", False), ("global", True)])
+def test_a_microbatch_that_decides_what_is_trained_stays(tmp_path: Path, scope: str, free: bool) -> None:
+    """Rho-1 chooses tokens among those of a microbatch, or of the whole step."""
+    objective = {"objective": {"name": "rho1", "scope": scope}, "reference": {"path": "r"}}
+    one, other = (parse_recipe(settings(tmp_path, "run", batch={"microbatch_samples": n}, **objective)) for n in (2, 4))
+    assert (settings_digest(one) == settings_digest(other)) == free
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run", one)
+    folder.write_recipe(dump_toml(one))
+    folder.check()
+    if free:
+        RunFolder(tmp_path / "run", other).check()
+    else:
+        with pytest.raises(UserError, match=r"batch.microbatch_samples = 2 there, 4 here"):
+            RunFolder(tmp_path / "run", other).check()
 
 
 def test_meta_is_bound_to_its_manifest(tmp_path: Path) -> None:

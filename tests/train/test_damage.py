@@ -293,3 +293,18 @@ def test_attributes_in_metadata(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, Attribute(Metadata, "__init__"))))
     with pytest.raises(DamagedError, match="refused: it asks for an attribute"):
         Reader(tmp_path).read_metadata()
+
+
+def test_paths_of_python_3_13(tmp_path: Path) -> None:
+    """Pickled under the module in which that version alone has them."""
+    from pathlib import PurePosixPath
+
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    from remit_megatron.mcore.checkpoint_read import Reader
+
+    written = pickle.dumps(Metadata({}, PurePosixPath("a")), protocol=2)  # whose names are text, of any length
+    module = PurePosixPath.__module__.encode()
+    assert written.count(module + b"\n") == 1
+    (tmp_path / ".metadata").write_bytes(written.replace(module + b"\n", b"pathlib._local\n"))
+    assert Reader(tmp_path).read_metadata().planner_data == PurePosixPath("a")

@@ -13,7 +13,7 @@ import pytest
 
 from remit_megatron.data import checksums
 from tests.ranks import run_ranks
-from tests.train.runs import SAMPLES, SEQUENCE, metrics, settings, train_all
+from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, settings, train_all
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,11 +88,18 @@ def test_a_full_disk(folder: Path, small_disk: Path) -> None:
     resize(small_disk, "2304k")
     filler = small_disk / "filler"
     in_logs = {**in_save, "logging": {"tensorboard": True, "wandb": "offline"}, "checkpoint": {"every_steps": 0}}
-    (outcome,) = run_ranks(1, fill_then_train, in_logs, filler)
+    queued = remit(folder, "queue", reference={"queue": {"folder": str(small_disk / "queue"), "timeout_s": 30}})
+    ((outcome, beside),) = run_ranks(1, fill_then_train, in_logs, filler, queued)
     code, message = outcome
     assert code == 1
     assert "metrics.jsonl: cannot be written: No space left on device: free space there, then start the same" in message
     assert (checkpoints / "latest").read_text() == "step-00000004\n"
+    # A queue whose disk is full is done without, and nothing is waited for.
+    assert beside == (0, "")
+    said = (folder / "queue" / "log.txt").read_text()
+    assert f"step 1: {small_disk}/queue" in said
+    assert "No space left on device: free space there" in said
+    assert "scores are made online until a scorer comes" in said
     filler.unlink()
     resize(small_disk, "16m")
     straight = settings(folder, "enough room", schedule=schedule)
@@ -100,8 +107,8 @@ def test_a_full_disk(folder: Path, small_disk: Path) -> None:
     assert metrics(small_disk, "run") == metrics(folder, "enough room")
 
 
-def fill_then_train(rank: int, recipe: dict[str, Any], filler: Path) -> tuple[int, str]:
-    """Fill the disk once the run has started, and train to the end."""
+def fill_then_train(rank: int, recipe: dict[str, Any], filler: Path, other: dict[str, Any]) -> list[tuple[int, str]]:
+    """Fill the disk once the run has started, and train to the end; then the other, while the disk is full."""
     from remit_megatron.train.loop import Trainer
 
     original = Trainer.run
@@ -117,7 +124,9 @@ def fill_then_train(rank: int, recipe: dict[str, Any], filler: Path) -> tuple[in
         raise AssertionError("it came to its end on a full disk")
 
     Trainer.run = run  # type: ignore[method-assign]
-    return train_all(rank, [recipe])[0]
+    first = train_all(rank, [recipe])
+    Trainer.run = original  # type: ignore[method-assign]
+    return first + train_all(rank, [other])
 
 
 WRITER = """
