@@ -87,7 +87,7 @@ def _score_blocks(
                 planes = None if scored.planes is None else scored.planes[:, rows].numpy()
                 cache.write_block(block, quantise(scored.nll[rows]).numpy(), scored.mask[rows].numpy(), planes)
                 first, done = rows.stop, done + block.samples
-            _say_progress(cache, todo, done, time.monotonic() - started)
+                _say_progress(cache, todo, done, time.monotonic() - started)
     dist.barrier()
     if writes:
         missing = len(cache.missing())
