@@ -358,7 +358,7 @@ def tests_pass(folder: Path, tests: tuple[str, ...]) -> bool:
 
 
 def copy_to(folder: Path) -> None:
-    for part in ("remit_megatron", "tests"):
+    for part in ("remit_megatron", "tests", "data_prep", "docs", "examples", "launch"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
 

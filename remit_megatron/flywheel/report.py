@@ -168,6 +168,7 @@ def _divergences(plan: Plan) -> list[str]:
             label = f"{name} (mean {figures_of['mean']:.3g})"
             axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.5, marker="o", markersize=3)
         axis.set_yscale("symlog", linthresh=1e-3)
+        axis.yaxis.set_major_formatter("{x:g}")
         figures.append(_svg(figure, axis))
     return figures
 

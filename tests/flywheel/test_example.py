@@ -56,6 +56,7 @@ def test_commands_of_the_page(
     for folder in ("examples", "slurm"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     assert len(lines) == 4 + 10, "the small wheel, and ten lines to the first one on a cluster"
+    monkeypatch.setenv("WANDB_API_KEY", "of the profile, whose secrets are filled in")
     few = [part for key, value in FEW.items() for part in ("--set", f"{key}={value}")]
     said: dict[str, str] = {}
     for words in dict.fromkeys(map(tuple, lines)):
