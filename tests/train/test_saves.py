@@ -88,7 +88,8 @@ def test_a_full_disk(folder: Path, small_disk: Path) -> None:
     resize(small_disk, "2304k")
     filler = small_disk / "filler"
     in_logs = {**in_save, "logging": {"tensorboard": True, "wandb": "offline"}, "checkpoint": {"every_steps": 0}}
-    queued = remit(folder, "queue", reference={"queue": {"folder": str(small_disk / "queue"), "timeout_s": 30}})
+    queue = {"folder": str(small_disk / "queue"), "timeout_s": 30}
+    queued = remit(folder, "queue", reference={"path": str(folder / "base"), "queue": queue})
     ((outcome, beside),) = run_ranks(1, fill_then_train, in_logs, filler, queued)
     code, message = outcome
     assert code == 1
