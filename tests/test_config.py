@@ -84,18 +84,21 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 PATH_CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="\0")
+MAX_CHARACTERS = 255 // 4
+"""A name of so many fits a file system's 255 bytes whatever they are."""
 
 
 @given(
     st.builds(
         minimal,
-        run=st.text(PATH_CHARACTERS, min_size=1),
+        run=st.text(PATH_CHARACTERS, min_size=1, max_size=MAX_CHARACTERS),
         optimizer__peak_lr=st.floats(1e-6, 1.0),
         optimizer__min_lr=st.just(1e-7),
         seed=st.integers(0, 2**63),
         data__document_mask=st.booleans(),
         data__eval=st.dictionaries(
-            st.text(st.characters(codec="ascii", exclude_categories=["Cc"])), st.text(PATH_CHARACTERS)
+            st.text(st.characters(codec="ascii", exclude_categories=["Cc"])),
+            st.text(PATH_CHARACTERS, max_size=MAX_CHARACTERS),
         ),
         compute__precision=st.sampled_from(["auto", "bf16", "fp32"]),
     )

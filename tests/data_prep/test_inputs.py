@@ -82,7 +82,7 @@ def test_names_and_empty_files(tmp_path: Path, texts_of: Callable[..., list[str]
     folder = tmp_path / "\u6587 \u00fcml"
     for name, content in {
         "a/x.jsonl": lines(["1"]), "b/c/x.jsonl": lines(["2"])[:-1], "b/x.JSONL": lines(["3"]), "b/empty.jsonl": b"",
-        "b/empty.jsonl.gz": gzip.compress(b""), "b/empty.jsonl.zst": zstandard.compress(b""), "c[1]/*.txt": b"4",
+        "b/none.jsonl.gz": gzip.compress(b""), "b/void.jsonl.zst": zstandard.compress(b""), "c[1]/*.txt": b"4",
         "c[1]/z.txt": b"",
     }.items():  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

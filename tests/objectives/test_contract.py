@@ -195,7 +195,7 @@ def test_a_new_one_here_is_a_file_and_a_line(package: Path, monkeypatch: pytest.
     ("settings", "message"),
     [
         ({"import_path": "mypackage.likely"}, "'mypackage.likely': write it as package.module:Class"),
-        ({"import_path": 3}, "objective.import_path = 3: write it as package.module:Class"),
+        ({"import_path": 3}, "objective.import_path = '3': write it as package.module:Class"),
         ({"import_path": "mypackag.likely:Likely"}, "No module named 'mypackag': install the package, or add its"),
         ({"import_path": "mypackage.likely:Unlikely"}, "mypackage.likely has no Unlikely"),
         ({"import_path": "mypackage.likely:TokenStats"}, "TokenStats must be a subclass of"),
