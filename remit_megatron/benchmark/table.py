@@ -44,7 +44,7 @@ def _own_row(suite: Suite, folder: Path, content: dict[str, Any]) -> list[str]:
 def _cell(benchmark: Benchmark, task: dict[str, Any]) -> str:
     if task.get("state") != results.DONE:
         return "-"
-    return " / ".join(f"{score:.2f}" for score in results.scores(benchmark, task)) + "*" * bool(task["remarks"])
+    return " / ".join(f"{score:.2f}" for score in results.scores(benchmark, task)) + "*" * bool(task.get("remarks"))
 
 
 def _paper_row(row: Row) -> list[str]:

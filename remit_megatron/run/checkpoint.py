@@ -144,7 +144,8 @@ class CheckpointFolder:
         return self.partial(step)
 
     def recover(self) -> None:
-        """Bring back what a killed process had moved aside and not replaced. For the holder of the run's lock."""
+        """Bring back what a killed process had moved aside and not replaced, and remove what it was removing. For the
+        holder of the run's lock."""
         with writing(self.folder):
             for aside in self.folder.glob(".replaced-*"):
                 final = self.folder / f"step-{aside.name.removeprefix('.replaced-')}"
@@ -152,6 +153,15 @@ class CheckpointFolder:
                     _remove(aside)
                 else:
                     os.rename(aside, final)
+            rotating = self._rotating()
+            newest = [path for path in rotating if checksums.whole(path)][-self.keep :]
+            for old in rotating:
+                if len(newest) == self.keep and old < newest[0] and not (old / "meta.json").exists():
+                    _remove(old)
+
+    def _rotating(self) -> list[Path]:
+        """Checkpoints that `keep` decides about, the oldest first."""
+        return [path for path in sorted(self.folder.glob(NAMES)) if not (path / KEEP).exists()]
 
     def kept(self) -> list[Path]:
         """Complete checkpoints that stay whatever `keep` says, the oldest first."""
@@ -179,7 +189,7 @@ class CheckpointFolder:
         self._point_to(final)
         if os.path.lexists(aside):
             _remove(aside)
-        rotating = [path for path in sorted(self.folder.glob(NAMES)) if not (path / KEEP).exists()]
+        rotating = self._rotating()
         # Only whole ones count towards `keep`: the last good one never goes because of damaged ones after it.
         newest = [path for path in rotating if checksums.whole(path)][-self.keep :]
         for old in rotating:

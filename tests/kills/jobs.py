@@ -150,7 +150,7 @@ def hanging() -> None:
 
     watchdog.GRACE_S = 0.2
     score.Watchdog = follow.Watchdog = Impatient  # type: ignore[misc]
-    scorer.Scorer.nll = lambda *_: time.sleep(100)  # type: ignore[assignment, return-value]
+    scorer.Scorer.score = lambda *_: time.sleep(100)  # type: ignore[assignment, return-value]
 
 
 def _data(*command: str, inputs: Sequence[str]) -> Job:

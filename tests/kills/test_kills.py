@@ -24,6 +24,7 @@ def kills(*arguments: str) -> dict[str, int]:
     return {name: int(count) for count, name in counts}
 
 
+@pytest.mark.slow
 def test_killed() -> None:
     """40 random kills of all commands, the crash points of the quick ones, two scorers that hang, and some pairs."""
     found = kills("--random", "40", "--points", "cheap", "--hangs")
@@ -33,6 +34,7 @@ def test_killed() -> None:
     assert found["wrong"] == 0
 
 
+@pytest.mark.slow
 def test_two_at_once() -> None:
     found = kills("--pairs", "1")
     assert found["pairs"] >= 19

@@ -217,8 +217,11 @@ def test_a_job_that_is_killed(new_run: NewRun, cluster: Cluster, monkeypatch: py
     run = new_run(nproc=2)
     job = run.submit(nodes=1)
     run.wait_for_step(3)
-    with run.paused(job):
+    with run.paused(job) as ranks:
         assert "state       running\n" in report(run.folder)
+        # Ranks first: SLURM continues and asks to stop what outlives its script for a moment.
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
         cluster.run("scancel", "--signal=KILL", "--full", job)
     run.wait_for_end(job)
     assert run.status["state"] == "running"
