@@ -10,6 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from data_prep.backends import HOSTILE_TEXTS
+from data_prep.tokenize import TokenizeSettings, tokenize
+from remit_megatron.data.manifest import Manifest
 from tests.data_prep.tokenizers import KINDS, TEXTS, eod_token, save
 
 
@@ -84,3 +86,22 @@ def megatron_files(prefix: Path, documents: list[np.ndarray], vocab_size: int) -
 
 def our_files(prefix: Path) -> tuple[bytes, bytes]:
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def plain(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_dirs: dict[str, Path], write_jsonl: Callable[..., Path]
+) -> tuple[Path, Path]:
+    """(the corpus as JSON lines, the dataset made of it in one piece by one worker)."""
+    folder = tmp_path_factory.mktemp("plain")
+    path = write_jsonl(folder / "in.jsonl")
+    run(path, tokenizer_dirs["olmo2"], folder / "data")
+    return path, folder / "data"
+
+
+def run(inputs: list[Path] | Path, folder: Path, output: Path, **settings: object) -> Manifest:
+    names = [str(path) for path in (inputs if isinstance(inputs, list) else [inputs])]
+    defaults: dict[str, object] = {"workers": 1, "append_eod": True}
+    return tokenize(
+        TokenizeSettings(inputs=names, tokenizer=str(folder), output=str(output), **(defaults | settings))  # type: ignore[arg-type]
+    )

@@ -25,6 +25,7 @@ from data_prep.tokenize import TokenizeSettings, tokenize
 from data_prep.work import claimed
 from data_prep.worker import Encoder, Job, Progress, run_task
 from remit_megatron.errors import RunError, UserError
+from tests import disks
 from tests.data_prep.conftest import our_files
 
 ROOT = Path(__file__).parents[2]
@@ -164,13 +165,8 @@ def test_kill_before_each_rename(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 320 KiB, less than the run needs."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=320k", "none", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip(f"no right to mount a small file system here: {made.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disks.small_disk(tmp_path / "disk", "320k") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("workers", [1, 2])

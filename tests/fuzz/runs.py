@@ -103,7 +103,7 @@ def resumed(folder: Path, valid: Path) -> str | None:
 
 
 def prepare_results(folder: Path) -> None:
-    from tests.benchmark.test_suite import record, write_results
+    from tests.benchmark.test_results import record, write_results
 
     suite = SUITES["base"]
     tasks = {one.name: record(one, (0.5, 0.25)[: len(one.metrics)] or (0.5,)) for one in suite.benchmarks[:3]}

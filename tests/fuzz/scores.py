@@ -7,22 +7,11 @@ import numpy as np
 
 from remit_megatron.errors import UserError
 from remit_megatron.scores.cache import ScoreCache, blocks_of
-from remit_megatron.scores.manifest import CacheManifest, SourceScores
 from remit_megatron.scores.queue import QueueManifest, RunSide, ScorerSide, read_step, write_step
 from tests.fuzz.framework import Target, register
+from tests.scores.manifests import score_manifest
 
-MANIFEST = CacheManifest(
-    reference="r",
-    precision="fp32",
-    tokenizer="a",
-    sequence_length=4,
-    data_seed=1,
-    document_mask=False,
-    eod_mask_loss=False,
-    eod_id=None,
-    block_samples=3,
-    sources=(SourceScores(fingerprint="d", samples=4), SourceScores(fingerprint="e", samples=3)),
-)
+MANIFEST = score_manifest(4, 3)
 QUEUE = QueueManifest(scores=MANIFEST, weights=(1.0, 1.0), step_samples=2, train_steps=20)
 STEPS = (3, 4, 5)
 

@@ -13,6 +13,7 @@ import pytest
 
 from remit_megatron.convert.place import claimed, finish
 from remit_megatron.errors import RunError, UserError
+from tests import disks
 from tests.hf import tiny
 
 REMIT = [sys.executable, "-W", "ignore", "-m", "remit_megatron.cli"]
@@ -78,12 +79,8 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True).returncode:
-        pytest.skip("mounting a file system needs privileges")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disks.small_disk(tmp_path / "disk", "1m") as disk:
+        yield disk
 
 
 def test_full_disk_is_one_line(tmp_path: Path, small_disk: Path) -> None:

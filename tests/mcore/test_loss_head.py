@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from remit_megatron.config import Parallel
 from remit_megatron.data.deal import Deal
 from remit_megatron.data.microbatch import Microbatch
-from remit_megatron.errors import UserError
 from remit_megatron.mcore.groups import destroy_groups
 from remit_megatron.mcore.platform import activate
 from tests.mcore.harness import BUILD, SEQUENCE, STUDENT, TIED, Recorder
+from tests.mcore.refusals import messages_of
 from tests.ranks import run_ranks
 from tests.train import runs
 
@@ -195,12 +195,7 @@ def alone(rank: int) -> dict[str, Any]:
         "fp16": lambda: build_with("fp16"),
         "deferred": lambda: build_with("defer_embedding_wgrad_compute"),
     }
-    for name, case in cases.items():
-        try:
-            case()
-            found[name] = "accepted"
-        except UserError as error:
-            found[name] = str(error)
+    found |= messages_of(cases)
     with torch.no_grad():
         nll = [one(batch.tokens, positions, None, labels=batch.labels) for one in models.values()]
     found["nll"] = [nll[0].shape == nll[1].shape == (2, SEQUENCE), nll[1].requires_grad]

@@ -11,6 +11,7 @@ from remit_megatron.mcore.groups import destroy_groups
 from remit_megatron.mcore.platform import activate
 from remit_megatron.objectives import NTP, Remit, Rho1
 from tests.mcore.harness import BUILD, STUDENT
+from tests.mcore.refusals import messages_of
 from tests.ranks import run_ranks
 
 
@@ -61,7 +62,6 @@ def refusals(rank: int) -> dict[str, str]:
     def step(model: Any, objective: Any, **more: torch.Tensor) -> None:
         forward_step(make_forward_step(objective), model, {**batch, **more})
 
-    found = {}
     cases = {
         "gtp": lambda: build_newer(gtp_weight_remat_size=2),
         "expert gtp": lambda: build_newer(expert_gtp_weight_remat_size=4),
@@ -80,12 +80,7 @@ def refusals(rank: int) -> dict[str, str]:
         "a part": lambda: forward_step(make_forward_step(NTP(), sequence_length=32), build(RemitGPTModel), batch),
         "no selection": lambda: step(build(RemitGPTModel), Rho1(scope="global"), ref_nll=torch.ones(2, 16)),
     }
-    for name, case in cases.items():
-        try:
-            case()
-            found[name] = "accepted"
-        except UserError as error:
-            found[name] = str(error)
+    found = messages_of(cases)
     destroy_groups()
     return found
 

@@ -15,7 +15,6 @@ w: in tests/flywheel/test_wheel.py. A UserError is exit code 2 (test_command_lin
 
 import gzip
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -46,6 +45,7 @@ from remit_megatron.posttrain.output import accept
 from remit_megatron.posttrain.prepare import prepare
 from remit_megatron.posttrain.stage import run_stage
 from remit_megatron.posttrain.tokens import IGNORED, ChatTokenizer
+from tests import disks
 from tests.posttrain import tiny
 
 ENGINE = """
@@ -282,23 +282,19 @@ def test_engine_that_fails(tmp_path: Path, base: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("a small filesystem is mounted by root only")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with disks.small_disk(tmp_path / "disk", "16k") as disk:
+        yield disk
 
 
 def test_a_full_disk(tmp_path: Path, base: Path, small_disk: Path) -> None:
     """In what is written before the engine starts, and in the engine: one line each; with room the stage goes on."""
     script = tmp_path / "copy.py"
     script.write_text(
-        "import shutil, sys\n"
+        "import pathlib, shutil, sys\n"
+        "work = pathlib.Path(sys.argv[1]) / 'work'\n"
         "try:\n"
-        "    shutil.rmtree(sys.argv[1] + '/work/out', ignore_errors=True)\n"
-        "    shutil.copytree(sys.argv[1] + '/work/in', sys.argv[1] + '/work/out')\n"
+        "    shutil.rmtree(work / 'out', ignore_errors=True)\n"
+        "    shutil.copytree(work / 'in', work / 'out')\n"
         "except shutil.Error as error:\n"
         "    sys.exit(f'{error.args[0][0][1]}: {error.args[0][0][2]}')\n"
     )

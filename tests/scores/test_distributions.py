@@ -18,7 +18,7 @@ from remit_megatron.ops.top_tokens import TopTokens
 from remit_megatron.run.checkpoint import read_meta, write_meta
 from remit_megatron.scores.block import HEADER_BYTES
 from remit_megatron.scores.cache import ScoreCache, blocks_of
-from remit_megatron.scores.manifest import CacheManifest, KeptDistribution, SourceScores
+from remit_megatron.scores.manifest import CacheManifest, KeptDistribution
 from remit_megatron.scores.record import (
     from_planes,
     num_planes,
@@ -29,6 +29,7 @@ from remit_megatron.scores.record import (
     unpack_planes,
 )
 from tests.ranks import run_ranks
+from tests.scores.manifests import score_manifest
 from tests.train.runs import SAMPLES, SEQUENCE, VOCAB, metrics, remit, train_all
 
 STEPS = 2
@@ -265,19 +266,7 @@ def test_rows_hold_everything(vocab: int) -> None:
     """Whatever the vocabulary, and also what is no number; in as many bytes as the bits that it needs."""
     top_k, generator = 11, np.random.default_rng(0)
     kept = KeptDistribution(top_k=top_k, temperature=2.0, vocab_size=vocab)
-    manifest = CacheManifest(
-        reference="r",
-        precision="fp32",
-        tokenizer="a",
-        sequence_length=4,
-        data_seed=1,
-        document_mask=False,
-        eod_mask_loss=False,
-        eod_id=None,
-        block_samples=3,
-        distribution=kept,
-        sources=(SourceScores(fingerprint="d", samples=40),),
-    )
+    manifest = score_manifest(40, distribution=kept)
     ids = torch.from_numpy(generator.integers(0, vocab, (3, 4, top_k)).astype(np.int32))
     ids[0, 0, :2] = torch.tensor([vocab - 1, 0])
     quanta = torch.from_numpy(generator.integers(0, 65536, (3, 4, top_k)))

@@ -7,7 +7,7 @@ import pytest
 
 from remit_megatron.data.files import locked
 from remit_megatron.errors import UserError
-from remit_megatron.scores.manifest import CacheManifest, SourceScores
+from remit_megatron.scores.manifest import SourceScores
 from remit_megatron.scores.queue import (
     HEADER,
     RUN_LOCK,
@@ -18,23 +18,12 @@ from remit_megatron.scores.queue import (
     read_step,
     write_step,
 )
+from tests.scores.manifests import score_manifest
 
 
 @pytest.fixture
 def manifest() -> QueueManifest:
-    scores = CacheManifest(
-        reference="r",
-        precision="fp32",
-        tokenizer="a",
-        sequence_length=4,
-        data_seed=1,
-        document_mask=False,
-        eod_mask_loss=False,
-        eod_id=None,
-        block_samples=3,
-        sources=(SourceScores(fingerprint="d", samples=40),),
-    )
-    return QueueManifest(scores=scores, weights=(1.0,), step_samples=2, train_steps=20)
+    return QueueManifest(scores=score_manifest(40), weights=(1.0,), step_samples=2, train_steps=20)
 
 
 class Pair:

@@ -16,6 +16,7 @@ import pytest
 from launch.backends.slurm.settings import seconds_of
 from launch.profiles import SHIPPED
 from remit_megatron.config import dump_toml, parse_recipe
+from tests import disks
 from tests.data_prep.tokenizers import TEXTS, save
 from tests.launch.test_profiles import NO_TIMES, TIMES
 from tests.slurm.cluster import Cluster
@@ -166,11 +167,8 @@ def test_a_module_that_cannot_be_loaded(new_run: NewRun, cluster: Cluster) -> No
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of a megabyte."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with disks.small_disk(tmp_path / "full", "1m") as disk:
+        yield disk
 
 
 def test_a_bad_node_is_named_and_excluded(new_run: NewRun, cluster: Cluster, full_disk: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import secrets
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,9 @@ import pytest
 from launch.status import report
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import STEPS, Run, batch_script, has_pending, recipe_text
-from tests.train.runs import metrics
+from tests.slurm.outcome import NewRun, Undisturbed, check_done
 
 pytestmark = pytest.mark.slurm
-
-NewRun = Callable[..., Run]
-Undisturbed = Callable[[int], list[dict[str, Any]]]
-
-
-def lines(run: Run) -> list[dict[str, Any]]:
-    return metrics(run.folder.parent, run.folder.name)
-
-
-def check_done(run: Run, expected: list[dict[str, Any]]) -> None:
-    """The run ended well, and every figure of every step is what it would have been without interruption."""
-    assert (run.folder / "DONE").read_text() == f"step {STEPS}\n", run.story()
-    assert (run.status["state"], run.status["exit_code"], run.status["step"]) == ("done", 0, STEPS)
-    assert run.events[-1].name == "end"
-    assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1)), "each step once, in order"
-    assert lines(run) == expected
 
 
 def test_from_submission_to_done(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
@@ -311,38 +295,6 @@ def test_two_jobs_on_one_run_folder(new_run: NewRun, cluster: Cluster) -> None:
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
     assert "requeue" not in run.names()
     assert run.status["state"] == "stopped", run.story()
-
-
-def test_torchrun(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
-    """Agents lose the ranks' exit code; the job reads from status.json that they saved, and goes on."""
-    run = new_run()
-    job = run.submit(profile={"launcher": "torchrun"})
-    run.wait_for_step(3)
-    with run.paused(job) as ranks:
-        assert len(ranks) == 2
-        cluster.run("scancel", "--signal=USR1", "--batch", job)
-        run.wait(lambda: all(has_pending(pid, signal.SIGUSR1) for pid in ranks), "the ranks got no signal")
-    end = run.wait_for_end(job)
-    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
-    assert run.names() == ["start", "requeue", "start", "end"]
-    logs = {path.name for path in (run.folder / "logs" / f"{job}.1").iterdir()}
-    assert logs == {"agent-0.log", "agent-1.log", "rank-0.log", "rank-1.log", "srun.log"}
-    check_done(run, undisturbed(2))
-
-
-def test_torchrun_with_a_killed_rank(new_run: NewRun, cluster: Cluster, undisturbed: Undisturbed) -> None:
-    """Only the agent's log says that a rank was killed, as one is that takes too much memory: the job goes on."""
-    run = new_run()
-    job = run.submit(profile={"launcher": "torchrun"})
-    run.wait_for_step(9)
-    with run.paused(job) as ranks:
-        os.kill(ranks[0], signal.SIGKILL)
-    end = run.wait_for_end(job)
-    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), run.story()
-    assert run.names() == ["start", "requeue", "start", "end"]
-    assert run.events[1].detail.startswith("a rank was killed by signal 9, see ")
-    assert run.events[2].step == run.events[1].step >= 8
-    check_done(run, undisturbed(2))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from remit_megatron.data import checksums
+from tests import disks
 from tests.ranks import run_ranks
 from tests.train.runs import SAMPLES, SEQUENCE, metrics, remit, settings, train_all
 
@@ -55,13 +56,8 @@ def test_killed_forty_times_while_saving(folder: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 1 MB, and a quarter: room for one checkpoint of these runs."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1280k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("a small filesystem is mounted by root only")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with disks.small_disk(tmp_path / "disk", "1280k") as disk:
+        yield disk
 
 
 def resize(disk: Path, size: str) -> None:

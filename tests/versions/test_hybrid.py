@@ -39,6 +39,7 @@ from tests.mcore.harness import (
     randomise,
     save_initial,
 )
+from tests.mcore.refusals import messages_of
 from tests.mcore.test_parity import RTOL, compare, layout
 from tests.ranks import run_ranks
 
@@ -236,12 +237,7 @@ def fresh(rank: int) -> dict[str, Any]:
                 max_sequence_length=SEQUENCE,
             ),
         }
-        for name, case in cases.items():
-            try:
-                case()
-                found[name] = "accepted"
-            except UserError as error:
-                found[name] = str(error)
+        found |= messages_of(cases)
     destroy_groups()
     return found
 

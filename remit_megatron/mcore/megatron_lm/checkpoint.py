@@ -93,10 +93,10 @@ class _Inert:
     """In place of whatever a pickle names: takes what it is given, and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        pass
+        """Arguments that a pickle gives are dropped."""
 
     def _ignore(self, *args: Any) -> None:
-        pass
+        """State and items that a pickle gives are dropped."""
 
     __setstate__ = __setitem__ = append = extend = add = _ignore
 
